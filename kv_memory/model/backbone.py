@@ -303,7 +303,7 @@ class Backbone(PromptEncoder):
         """Prefill tokens into a cache and return the logits for the next token.
 
         Args:
-            ids: `(batch, n)` token ids, padded on the right.
+            ids: `(batch, n)` token ids, padded on the right; or their embeddings, `(batch, n, hidden_size)`.
             cache: Cache to extend by `n` entries.
             lengths: `(batch,)`, real tokens per row; None if no row has padding.
             every: Return the logits after every token, not only after the last.
@@ -337,7 +337,7 @@ class Backbone(PromptEncoder):
     ) -> Any:
         if os.getpid() != self._pid:
             self._refuse_fork()
-        ids = ids.to(self.device)  # (batch, n)
+        ids = ids.to(self.device)  # (batch, n), or (batch, n, hidden_size)
         n = ids.shape[1]
         # 1. Positions continue after each row's last token; with length-dependent frequencies, rotate the keys again.
         if positions is None:
@@ -356,9 +356,10 @@ class Backbone(PromptEncoder):
         context = context or ForwardContext()
         context.cache = cache
         context.masks.clear()
+        inputs = {"inputs_embeds" if ids.is_floating_point() else "input_ids": ids}
         with self.lock:
             out = module(
-                input_ids=ids,
+                **inputs,
                 position_ids=positions,
                 use_cache=True,
                 kv_memory=context,

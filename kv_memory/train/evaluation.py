@@ -23,6 +23,7 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 from kv_memory.train.batches import Batches
+from kv_memory.train.restored import output_selector, restore_scores, restored_entries
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import WeightedRows, answered_rows, weighted_rows
 
@@ -65,14 +66,26 @@ class HeldOut:
     def measure(self, adapter: Adapter | None = None) -> dict[float, float]:
         """KL(full ‖ distilled) by keep ratio, in nats per token, the mean over documents.
 
-        Without an adapter, it is that of the reconstruction selector, which needs no training.
+        Without an adapter, it is that of a selector that needs no training: of reconstruction, or where restore tokens
+        are trained, of output errors. The latter choose among the restore tokens too, and nothing is fitted: this is
+        not yet what `matched` makes of them, but hundreds of evaluations would wait for its fits.
         """
         backbone, total = self._backbone, dict.fromkeys(self.ratios, 0.0)
-        selector = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))
+        restores = self._settings.restore_tokens
+        part_tokens = min(1024, backbone.context_window // 4)
+        selector = output_selector(backbone) if restores else Reconstruction(part_tokens=part_tokens)
         for ids, lengths, rows in self._prepared():
-            full = gather_entries(backbone, self._prefilled(ids), lengths)
+            full = gather_entries(backbone, self._prefilled(ids))
+            if restores and adapter is not None:
+                cache = self._prefilled(ids, room=selector.extra_tokens + restores)
+                restored = restore_scores(adapter, ids, lengths, cache)
             for ratio in self.ratios:
                 n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
+                if restores and adapter is not None:
+                    kept = restored_entries(adapter, cache, restored, n_kept)
+                    total[ratio] += self._kl(rows, full, kept) / self.n_documents
+                    cache.rewind(restores)
+                    continue
                 if adapter is None:
                     cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
                     scores = selector.score(backbone, ids, cache)[:, None]
@@ -80,7 +93,7 @@ class HeldOut:
                 else:
                     done = prefill_documents(adapter, ids, lengths, n_kept)
                     cache, selected = done.cache, done.selected
-                kept = gather_entries(backbone, cache, lengths, selected)
+                kept = gather_entries(backbone, cache, selected)
                 total[ratio] += self._kl(rows, full, kept) / self.n_documents
         return total
 
@@ -90,9 +103,9 @@ class HeldOut:
         total = 0.0
         for ids, lengths, rows in self._prepared():
             cache = self._prefilled(ids)
-            full = gather_entries(self._backbone, cache, lengths)
+            full = gather_entries(self._backbone, cache)
             nothing = torch.zeros_like(ids, dtype=torch.bool)[None, :, None]  # the question keeps its positions
-            total += self._kl(rows, full, gather_entries(self._backbone, cache, lengths, nothing))
+            total += self._kl(rows, full, gather_entries(self._backbone, cache, nothing))
         return total / self.n_documents
 
     def _kl(self, parts: list[WeightedRows], full: Entries, kept: Entries) -> float:
@@ -103,8 +116,8 @@ class HeldOut:
             total += float((kl * part.weights).sum())
         return total / sum(float(part.weights.sum()) for part in parts)
 
-    def _prefilled(self, ids: torch.Tensor) -> PositionedCache:
-        cache = self._backbone.prefixed_cache(ids.shape[1])
+    def _prefilled(self, ids: torch.Tensor, *, room: int = 0) -> PositionedCache:
+        cache = self._backbone.prefixed_cache(ids.shape[1], room=room)
         self._backbone.prefill(ids, cache)
         return cache
 
@@ -113,7 +126,7 @@ class HeldOut:
         for number in range(len(self._cases), self.n_documents):
             batch = self._batches.batch(number)
             ids, lengths = pad(batch.documents, device=self._backbone.device)
-            full = gather_entries(self._backbone, self._prefilled(ids), lengths)
+            full = gather_entries(self._backbone, self._prefilled(ids))
             rows = answered_rows(batch, full, self._backbone, self._settings)
             self._cases.append((ids, lengths, weighted_rows(rows, full, self._backbone, self._settings)))
         return self._cases
