@@ -70,6 +70,7 @@ def prefill_restore_tokens(adapter: Adapter, cache: PositionedCache) -> None:
     embeddings = restore_of(adapter).embeddings.to(adapter.backbone.dtype)
     rows = embeddings.expand(cache.n_rows, -1, -1)  # (batch, m, hidden_size)
     adapter.backbone.prefill(rows, cache, context=ForwardContext(routing=_EveryToken()))
+    cache.n_positions = int(cache.next_positions.max())  # as if they were part of the document
 
 
 def check_restore_tokens(backbone: Backbone, n: int) -> None:

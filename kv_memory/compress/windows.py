@@ -131,7 +131,7 @@ class WindowCompressor:
         return cache, [(own, None) for own in selected.unbind(1)]  # of (num_layers or 1, batch, ...)
 
     def prefill(self, windows: Sequence[Window]) -> PrefilledWindow:
-        """Prefill windows plainly, perhaps restore tokens behind them, and let the selector score; only `ids` matter."""
+        """Prefill windows plainly, with restore tokens behind them, and let the selector score; only `ids` matter."""
         assert self._selector is not None
         backbone, selector = self._backbone, self._selector
         ids, lengths = pad([window.ids for window in windows], device=backbone.device)  # (batch, n_tokens), (batch,)

@@ -75,44 +75,45 @@ class HeldOut:
         part_tokens = min(1024, backbone.context_window // 4)
         selector = output_selector(backbone) if restores else Reconstruction(part_tokens=part_tokens)
         for ids, lengths, rows in self._prepared():
-            full = gather_entries(backbone, self._prefilled(ids))
+            taught = self._taught(rows, gather_entries(backbone, self._prefilled(ids)))
             if restores and adapter is not None:
                 cache = self._prefilled(ids, room=selector.extra_tokens + restores)
-                restored = restore_scores(adapter, ids, lengths, cache)
+                errors = restore_scores(adapter, ids, lengths, cache)
             for ratio in self.ratios:
                 n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
-                if restores and adapter is not None:
-                    kept = restored_entries(adapter, cache, restored, n_kept)
-                    total[ratio] += self._kl(rows, full, kept) / self.n_documents
-                    cache.rewind(restores)
-                    continue
                 if adapter is None:
                     cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
                     scores = selector.score(backbone, ids, cache)[:, None]
                     selected = top_k_mask(scores, lengths, n_kept, budget=selector.budget)
+                    kept = gather_entries(backbone, cache, selected)
+                elif restores:
+                    kept = restored_entries(adapter, cache, errors, n_kept)
+                    cache.rewind(restores)
                 else:
                     done = prefill_documents(adapter, ids, lengths, n_kept)
-                    cache, selected = done.cache, done.selected
-                kept = gather_entries(backbone, cache, selected)
-                total[ratio] += self._kl(rows, full, kept) / self.n_documents
+                    kept = gather_entries(backbone, done.cache, done.selected)
+                total[ratio] += self._kl(rows, taught, kept) / self.n_documents
         return total
 
     @torch.no_grad()
     def none(self) -> float:
         """KL without any document, the worst case; otherwise as in `measure`."""
         total = 0.0
-        for ids, lengths, rows in self._prepared():
+        for ids, _, rows in self._prepared():
             cache = self._prefilled(ids)
-            full = gather_entries(self._backbone, cache)
+            taught = self._taught(rows, gather_entries(self._backbone, cache))
             nothing = torch.zeros_like(ids, dtype=torch.bool)[None, :, None]  # the question keeps its positions
-            total += self._kl(rows, full, gather_entries(self._backbone, cache, nothing))
+            total += self._kl(rows, taught, gather_entries(self._backbone, cache, nothing))
         return total / self.n_documents
 
-    def _kl(self, parts: list[WeightedRows], full: Entries, kept: Entries) -> float:
+    def _taught(self, parts: list[WeightedRows], full: Entries) -> list[torch.Tensor]:
+        # Recomputed for each document and evaluation: stored, the logits would take megabytes per document.
+        return [part.ask(self._backbone, full) for part in parts]
+
+    def _kl(self, parts: list[WeightedRows], taught: list[torch.Tensor], kept: Entries) -> float:
         total = 0.0
-        for part in parts:
-            # The teacher's logits are recomputed each time: stored, they would take megabytes per document.
-            kl = kl_divergence(part.ask(self._backbone, full), part.ask(self._backbone, kept))
+        for part, teacher in zip(parts, taught, strict=True):
+            kl = kl_divergence(teacher, part.ask(self._backbone, kept))
             total += float((kl * part.weights).sum())
         return total / sum(float(part.weights.sum()) for part in parts)
 

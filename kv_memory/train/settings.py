@@ -142,6 +142,8 @@ PRESETS: dict[str, TrainSettings] = {
     "restore": TrainSettings(
         restore_tokens=4,
         rank=16,
+        lr_lora=1e-3,
+        lr_restore=5e-4,
         warmup_steps=0,
         min_ratio=0.01,
         max_ratio=0.25,
@@ -150,7 +152,7 @@ PRESETS: dict[str, TrainSettings] = {
         questions_per_document=4,
         question_weight=0.0,
         answers="teacher",
-        answer_tokens=24,
+        answer_tokens=16,
     ),
 }
 

@@ -112,7 +112,8 @@ tags: [kv-memory, kv-distill, kv-cache]
 
 # kv-memory adapter for {name}
 
-{parts} with which kv-memory compresses the key-value cache of a document, after {paper}. The model that answers is the unmodified base model. To use it: \
+{parts} with which kv-memory compresses the key-value cache of a document, after {paper}. \
+The model that answers is the unmodified base model. To use it: \
 `kv-memory add notes/ --adapter FOLDER`, or `Adapter.load(folder, backbone)` in Python.
 
 ## Training

@@ -57,7 +57,7 @@ def plain(backbone: Any) -> list[Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_padded_documents_give_the_logits_of_single_ones(name: str) -> None:
     backbone = shared_backbone(name)
-    cache, lengths = read(backbone)
+    cache, _ = read(backbone)
     logits = every(backbone, [2, 0, 1, 0], gather_entries(backbone, cache))
     caches = plain(backbone)
     for row, document in zip(logits, [2, 0, 1, 0], strict=True):
