@@ -91,7 +91,7 @@ class Matched:
         sizes = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
         rows = [own[:n] for own, n in zip(ids, sizes, strict=True)]
         m = 0 if restore is None else restore.config.restore_tokens
-        reference = record_rows(backbone, rows, cache, part_tokens=self.settings.part_tokens, gap=m)
+        reference = record_rows(backbone, rows, cache, part_tokens=self.settings.part_tokens)
         bias = torch.zeros(backbone.num_layers, backbone.num_kv_heads, 0, device=ids.device)
         if restore is not None:
             prefill_restore_tokens(restore, cache)
@@ -210,8 +210,10 @@ class Matched:
                 scores[i] = torch.full_like(scores[i], -1.0)  # dropped: below every error
                 for own, head in zip(scores[i].flatten(0, 1), heads, strict=True):
                     own[head.kept] = next(errors)
-        # 2. Last selection.
+        # 2. Last selection. A head that has room for its whole document needs no restore tokens.
         chosen = [choice(i, most) for i, most in enumerate(n_kept)]  # each (num_layers, num_kv_heads, n_tokens)
+        for own, held in zip(chosen, forced, strict=True):
+            own[..., len(held) :] &= own.sum(-1, keepdim=True) <= len(held)
         kept = [kept_of(i, own) for i, own in enumerate(chosen)]
         # 3. Last fit, of all heads of all documents together, and the results back to their documents.
         found = iter(fitted_entries([head for heads in kept for head in heads], settings))

@@ -84,7 +84,7 @@ def repeat_rows(backbone: Backbone, ids: torch.Tensor, part_tokens: int) -> Iter
 
 @torch.no_grad()
 def record_rows(
-    backbone: Backbone, documents: Sequence[torch.Tensor], cache: PositionedCache, *, part_tokens: int, gap: int = 0
+    backbone: Backbone, documents: Sequence[torch.Tensor], cache: PositionedCache, *, part_tokens: int
 ) -> list[list[ReferenceRows]]:
     """Run the reference rows behind each document of a batch: the rows of each layer, for each document.
 
@@ -95,10 +95,9 @@ def record_rows(
         cache: Cache of prefix and documents, as prefilled, with room for a part and its request. It is restored
             afterwards, except for the frequencies of a rope that depends on the length.
         part_tokens: Length of the repeated parts, in tokens.
-        gap: Positions between document and rows, for entries that will be put behind the document.
     """
     # 1. Requests: some questions side by side, on copies of a short document's cache; parts of the document one by one.
-    recorder = _Recorder(backbone, step=-(-max(map(len, documents)) // _RECORDED), gap=gap)
+    recorder = _Recorder(backbone, step=-(-max(map(len, documents)) // _RECORDED))
     questions = [(backbone.encode_question(q) + backbone.encode(f" {a}"))[-QUESTION_TOKENS:] for q, a in _QUESTIONS]
     at_once = max(1, _COPIED_ENTRIES // cache.layer(0)[0].shape[2])
     parts = [list(repeat_rows(backbone, ids[None], part_tokens)) for ids in documents]
@@ -121,9 +120,8 @@ def record_rows(
 class _Recorder:
     """Records queries while requests are prefilled behind several documents; an `AttentionObserver`."""
 
-    def __init__(self, backbone: Backbone, *, step: int, gap: int) -> None:
+    def __init__(self, backbone: Backbone, *, step: int) -> None:
         self._backbone = backbone
-        self._gap = gap
         self._step = step  # heads record every `step`-th token, with different offsets, to cover all
         self._parts: list[list[ReferenceRows]] = [[] for _ in range(backbone.num_layers)]  # by layer and pass
         self._real = torch.empty(0, 0, dtype=torch.bool)  # (rows, n), for the current pass
@@ -147,10 +145,9 @@ class _Recorder:
         # 1. Real tokens of all rows, and their positions.
         ids, lengths = pad([row for own in rows for row in own], device=self._backbone.device)
         many, device, before = len(rows[0]), ids.device, cache.next_positions
-        start_at = before + self._gap
         places = torch.arange(ids.shape[1], device=device)
         self._real = places < lengths[:, None]
-        self._positions = (start_at.repeat_interleave(many)[:, None] + places)[self._real]
+        self._positions = (before.repeat_interleave(many)[:, None] + places)[self._real]
         # 2. Tokens to record: indices of real tokens, for each head.
         self.sizes.append([])
         heads, picked, start = torch.arange(self._backbone.num_heads, device=device), [], 0
@@ -163,9 +160,8 @@ class _Recorder:
         self._picked = torch.cat(picked, 1)
         # 3. Prefill, on copies if a document has several rows. Hooks record 1 / r of the states that enter each layer.
         behind, ragged = cache, lengths if len(ids) > 1 else None
-        cache.next_positions = start_at
         if many > 1:
-            entries = replace(gather_entries(self._backbone, cache), next_positions=start_at)
+            entries = gather_entries(self._backbone, cache)
             behind = entries.cache(torch.arange(len(rows), device=device).repeat_interleave(many))
         with self._backbone.lock, ExitStack() as hooks:  # locked: hooks would also see other threads' passes
             for index, module in enumerate(self._backbone.layers):
@@ -174,7 +170,7 @@ class _Recorder:
             self._backbone.prefill(ids, behind, lengths=ragged, context=ForwardContext(observer=self))
         if many == 1:
             cache.rewind(ids.shape[1])
-        cache.next_positions = before  # `rewind` assumes rows of equal length, and no gap
+            cache.next_positions = before  # `rewind` assumes rows of equal length
         return behind.n_positions
 
     def _note(self, layer: int, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,10 @@ After RestoreKV (arXiv 2608.01247). The document is prefilled plainly; the resto
 entries, through a LoRA that acts on them alone. So whatever selects and fits the document's entries stays valid, and
 in training nothing but the restore tokens needs a gradient. Here their entries compete for the budget with those of
 the document, head by head, and each has a learned bias.
+
+All of them stand at the position of the document's last token, so a question stands where it would without them. Moved
+on by 4, 8 and 32 positions behind the full cache, `qwen-0.5b` was off by a KL of 0.008, 0.013 and 0.022 (four passages
+of SQuAD), which would count where a cache of 1/8 is off by 0.15.
 """
 
 from __future__ import annotations
@@ -69,8 +73,17 @@ def prefill_restore_tokens(adapter: Adapter, cache: PositionedCache) -> None:
     """Prefill an adapter's restore tokens behind each document of a cache, with their gradients."""
     embeddings = restore_of(adapter).embeddings.to(adapter.backbone.dtype)
     rows = embeddings.expand(cache.n_rows, -1, -1)  # (batch, m, hidden_size)
-    adapter.backbone.prefill(rows, cache, context=ForwardContext(routing=_EveryToken()))
-    cache.n_positions = int(cache.next_positions.max())  # as if they were part of the document
+    following = cache.next_positions
+    where = (following - 1)[:, None].expand(-1, rows.shape[1])  # (batch, m)
+    adapter.backbone.prefill(rows, cache, context=ForwardContext(routing=_EveryToken()), positions=where)
+    cache.next_positions = following
+
+
+def drop_restore_tokens(adapter: Adapter, cache: PositionedCache) -> None:
+    """Undo `prefill_restore_tokens`."""
+    following = cache.next_positions
+    cache.rewind(adapter.config.restore_tokens)
+    cache.next_positions = following
 
 
 def check_restore_tokens(backbone: Backbone, n: int) -> None:

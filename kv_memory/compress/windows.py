@@ -88,6 +88,7 @@ class WindowCompressor:
             return [
                 make(
                     selected if fitted is not None else selected[..., : len(window.ids)],
+                    n_tokens=len(window.ids),
                     keep_ratio=window.keep_ratio,
                     row=row,
                     fitted=fitted,

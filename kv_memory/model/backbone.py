@@ -283,13 +283,17 @@ class Backbone(PromptEncoder):
         *,
         lengths: torch.Tensor | None = None,
         context: ForwardContext | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Prefill tokens into a cache, without computing logits; arguments as in `logits`.
+
+        With `positions` of the tokens, `(batch, n)`, they do not follow the cache's last token.
 
         Returns:
             `(batch, n, hidden_size)`, input of the language model head.
         """
-        return self._forward(self.decoder, ids, cache, lengths=lengths, context=context)[0]  # type: ignore[no-any-return]
+        out = self._forward(self.decoder, ids, cache, lengths=lengths, context=context, positions=positions)
+        return out[0]  # type: ignore[no-any-return]
 
     def logits(
         self,

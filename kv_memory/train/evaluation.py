@@ -16,6 +16,7 @@ from kv_memory.compress.kept import pad, top_k_mask
 from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.refine.batching import Entries, gather_entries
 from kv_memory.compress.refine.loss import kl_divergence
+from kv_memory.compress.restore import drop_restore_tokens
 from kv_memory.compress.selectors import Reconstruction
 from kv_memory.config import check_keep_ratio, n_kept_for
 from kv_memory.datasets import Example
@@ -88,7 +89,7 @@ class HeldOut:
                     kept = gather_entries(backbone, cache, selected)
                 elif restores:
                     kept = restored_entries(adapter, cache, errors, n_kept)
-                    cache.rewind(restores)
+                    drop_restore_tokens(adapter, cache)
                 else:
                     done = prefill_documents(adapter, ids, lengths, n_kept)
                     kept = gather_entries(backbone, done.cache, done.selected)

@@ -9,7 +9,7 @@ from kv_memory.compress.kept import top_k_mask
 from kv_memory.compress.match_settings import MatchSettings
 from kv_memory.compress.matching import Matched
 from kv_memory.compress.refine.batching import Entries, gather_entries
-from kv_memory.compress.restore import prefill_restore_tokens, restore_of
+from kv_memory.compress.restore import drop_restore_tokens, prefill_restore_tokens, restore_of
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 
@@ -37,7 +37,7 @@ def restore_scores(adapter: Adapter, ids: torch.Tensor, lengths: torch.Tensor, c
     m, selector = adapter.config.restore_tokens, output_selector(adapter.backbone)
     ragged = lengths if len(ids) > 1 else None
     documents = selector.documents(adapter.backbone, ids, cache, lengths=ragged, restore=adapter)
-    cache.rewind(m)
+    drop_restore_tokens(adapter, cache)
     found = []
     for one in documents:
         own, restored = one.scores.split([one.scores.shape[-1] - m, m], -1)

@@ -229,7 +229,7 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
         reading = prefill_documents(adapter, ids, lengths, n_kept)
         straight = reading.scores - reading.scores.detach() if settings.lr_scorer_distil > 0 else None
         student_entries = gather_entries(backbone, reading.cache, reading.selected, straight)
-    distilled = join_entries(backbone, student_entries, lengths + restores, batch.groups)
+    distilled = join_entries(backbone, student_entries, lengths, batch.groups)
     # 4. Mean divergence over the predictions of all parts, by weight.
     weight = torch.cat([part.weights for part in parts]).sum()
     divergence = torch.zeros((), device=backbone.device)
