@@ -54,7 +54,7 @@ def n_entries(cache: DistilledCache) -> int:
     return int(cache.head_counts.sum())
 
 
-def n_restored(adapter: Adapter, cache: DistilledCache) -> int:
+def n_restored(cache: DistilledCache) -> int:
     """Entries that are neither the document's nor, by their position, of another token than the last."""
     return sum(len(where) - len(set(where.tolist())) for heads in by_head(cache) for where, *_ in heads)
 
