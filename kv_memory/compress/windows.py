@@ -57,7 +57,8 @@ class WindowCompressor:
         self._backbone = backbone
         self._selector = selector
         restores = adapter is not None and adapter.config.restore_tokens > 0
-        self._restore, self._adapter = (adapter, None) if restores else (None, adapter)
+        self._restore = adapter if restores else None
+        self._adapter = None if restores else adapter
         self._routed = routed
         self.extra_tokens = 0 if selector is None else selector.extra_tokens  # run behind a window at most
         if self._restore is not None:
