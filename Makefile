@@ -60,7 +60,7 @@ help:
 	@echo "make lock    choose the newest releases again and write them to requirements.lock"
 	@echo "make stress  kill, damage and race the store on SQLite, PostgreSQL, disk and S3 (minutes); counts as JSON"
 	@echo "make services  start PostgreSQL and an S3 endpoint here, to try a shared store with; Ctrl-C stops them"
-	@echo "make bench   time to first token, with and without distilled caches, as JSON"
+	@echo "make bench   ratios of time against their goals, as JSON, kept in benchmarks/results (half an hour)"
 	@echo "make adapter train the adapter of smollm2 again: hours; needs KV_MEMORY_DATA or a network"
 
 setup: $(READY)
@@ -127,7 +127,10 @@ oldest newest: $(READY)
 	@$(BIN)/nox --session $@ -- $(ARGS)
 
 bench: $(READY)
-	@$(BIN)/python benchmarks/ttft.py --json
+	@$(BIN)/python benchmarks/ttft.py --goals --lengths 4096
+	@$(BIN)/python benchmarks/ttft.py --goals --lengths 4096 --model qwen-0.5b
+	@$(BIN)/python benchmarks/store.py --goals --entries 1000
+	@$(BIN)/python benchmarks/steady.py
 
 # The shipped adapter is the outcome of three runs: at full strength, then with the strength that the keep ratio asks for
 # (the best checkpoint), then on longer and other documents (the last one). Each goes on where it was stopped.

@@ -18,6 +18,8 @@ KVMemoryError
 │   ├── CorruptCacheError        bytes that differ from those written; quarantined, never decoded
 │   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
 ├── DecodeTimeoutError           an answer that exceeded its time limit (also a TimeoutError)
+├── DecodeFailedError            an answer that was being decoded together with others when that failed
+├── QueueFullError               more requests than the queue in front of the model admits
 ├── UnsupportedRequestError      a request that a model cannot fulfil: tool calls, images
 ├── DatasetError                 a training or evaluation set that is missing or unreadable
 │   └── BrokenLineError          a line that is not a valid example; named by number
@@ -122,6 +124,10 @@ class FingerprintMismatchError(CacheError):
 
 class DecodeTimeoutError(KVMemoryError, TimeoutError):
     """Decoding took longer than `DecodeSettings.timeout_s`."""
+
+
+class DecodeFailedError(KVMemoryError):
+    """The forward pass in which this answer was decoded together with others failed, or was interrupted."""
 
 
 class QueueFullError(KVMemoryError):

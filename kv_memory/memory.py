@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -19,7 +20,8 @@ from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.documents.loaders import file_id
 from kv_memory.errors import CacheNotFoundError
 from kv_memory.generate import Answer, AnswerStream, ReadFrom, iterate_in_thread
-from kv_memory.ingest.pipeline import AddProgress, AddReport, IngestPipeline
+from kv_memory.generate.scheduler import MAX_BATCH, MAX_QUEUE
+from kv_memory.ingest.pipeline import AddPlan, AddProgress, AddReport, IngestPipeline
 from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
@@ -72,10 +74,13 @@ class KVMemory:
         *,
         dtype: DtypeName = "auto",
         device: str = "auto",
+        max_batch: int = MAX_BATCH,
+        max_queue: int = MAX_QUEUE,
         collection: str = "default",
         catalog: str | None = None,
         blobs: str | None = None,
         tier_size_bytes: int | None = None,
+        hot_size_bytes: int | None = None,
         create: bool = True,
         load_model: bool = True,
         **changes: Any,
@@ -90,10 +95,14 @@ class KVMemory:
             settings: All settings, instead of the recorded ones.
             dtype: Type of the model's weights and caches; `auto` takes bfloat16 where that is fast.
             device: Device of the model: `auto`, `cpu`, `cuda`, ...
+            max_batch: Largest number of questions, of all threads and tasks, decoded together.
+            max_queue: Largest number of further questions that wait; one more raises `QueueFullError`.
             collection: Name of the collection. Tenants are collections; a lookup never leaves its own.
             catalog: URL of a PostgreSQL database, for a new store; see `Store.open`.
             blobs: URL of an object store, for a new store; see `Store.open`.
             tier_size_bytes: Size limit in bytes for local copies of an object store's blobs.
+            hot_size_bytes: Size limit in bytes of caches that stay composed in memory for further questions; 0 keeps
+                none. None means 512 MiB, or a sixteenth of the machine's memory if that is less.
             create: True to create the store if it does not exist.
             load_model: True to load the model now, so that its errors are raised here. False loads it at first use;
                 listing, checking and removing need no model.
@@ -109,7 +118,8 @@ class KVMemory:
         """
         check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
         given = {} if settings is None else dataclasses.asdict(settings)
-        load: dict[str, Any] = {"dtype": dtype, "device": device}
+        load: dict[str, Any] = {"dtype": dtype, "device": device, "max_batch": max_batch, "max_queue": max_queue}
+        load["hot_size_bytes"] = hot_size_bytes
         if isinstance(changes.get("model"), Backbone):
             load["backbone"] = changes["model"]
             changes["model"] = changes["model"].name
@@ -170,7 +180,7 @@ class KVMemory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also in another process, open the same store with the same settings; each loads the model itself."""
-        options = {**self._model.place, "collection": self.collection, "create": False, "load_model": False}
+        options = {**self._model.options, "collection": self.collection, "create": False, "load_model": False}
         return partial(KVMemory.open, self.path, self.settings, **options), ()
 
     def __enter__(self) -> Self:
@@ -276,6 +286,7 @@ class KVMemory:
     def pipeline(
         self,
         *,
+        on_plan: Callable[[AddPlan], None] | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
         keep_text: bool | None = None,
         writer: Executor | None = None,
@@ -284,7 +295,8 @@ class KVMemory:
 
         Arguments as in `IngestPipeline`.
         """
-        options: dict[str, Any] = {"keep_text": keep_text, "on_progress": on_progress, "writer": writer}
+        options: dict[str, Any] = {"on_plan": on_plan, "on_progress": on_progress}
+        options |= {"keep_text": keep_text, "writer": writer}
         return IngestPipeline(self.store, self.compressor, self.settings, **options)
 
     def remove(self, document_id: str | Path) -> None:
@@ -344,6 +356,8 @@ class KVMemory:
             CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
             ContextWindowError: Passages, question and answer do not fit the model.
+            QueueFullError: `max_batch` questions are being answered, and `max_queue` wait.
+            DecodeFailedError: Decoding failed or was interrupted for the questions that were decoded together.
         """
         return self.stream(question, **options).answer
 
@@ -369,28 +383,36 @@ class KVMemory:
 
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
+        return self._stream(question, {"top_k": top_k, "settings": settings, "read_from": read_from})
+
+    def _stream(self, question: str, options: AskOptions, *, called_s: float | None = None) -> AnswerStream:
+        """`stream`; `called_s` is `time.perf_counter()` at the call, if that was earlier, in another thread."""
+        waited_s = 0.0 if called_s is None else time.perf_counter() - called_s
+        top_k, settings = options.get("top_k"), options.get("settings")
         hits = self.retrieve(question, top_k=top_k)
+        reply: dict[str, Any] = {"settings": settings, "read_from": options.get("read_from", "caches")}
+        reply["start_s"] = time.perf_counter() - waited_s  # without retrieval
         try:
-            return self.reader.answer(question, hits, settings=settings, read_from=read_from)
+            return self.reader.answer(question, hits, **reply)
         except CacheNotFoundError:  # a document may have been replaced since it was found
             if hits == (hits := self.retrieve(question, top_k=top_k)):
                 raise
-            return self.reader.answer(question, hits, settings=settings, read_from=read_from)
+            return self.reader.answer(question, hits, **reply)
 
     async def aask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
-        """`ask` for asyncio: every step runs in a thread; cancelling it stops within a token."""
-        stream = await asyncio.to_thread(self.stream, question, **options)
+        """`ask` for asyncio: questions of all tasks are decoded together; cancelling one stops it within a token."""
+        stream = await asyncio.to_thread(self._stream, question, options, called_s=time.perf_counter())
         async for _ in iterate_in_thread(stream):
             pass
         return stream.answer
 
     async def astream(self, question: str, **options: Unpack[AskOptions]) -> AsyncIterator[str]:
         """`stream` for asyncio: every step runs in a thread, so that the model never blocks the event loop."""
-        stream = await asyncio.to_thread(self.stream, question, **options)
+        stream = await asyncio.to_thread(self._stream, question, options, called_s=time.perf_counter())
         async for piece in iterate_in_thread(stream):
             yield piece
 
     @cached_property
     def reader(self) -> Reader:
         """Replies to whole conversations from referenced caches; the framework integrations are built on it."""
-        return Reader(self.store, self.compressor, self.settings)
+        return Reader(self.store, self.compressor, self.settings, self._model.scheduler)

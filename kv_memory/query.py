@@ -17,9 +17,10 @@ from kv_memory.errors import CacheNotFoundError, ConfigError, CorruptCacheError,
 from kv_memory.generate import (
     Answer,
     AnswerStream,
+    Generator,
     Prompt,
     ReadFrom,
-    Run,
+    Scheduler,
     Turn,
     encode_chat,
     encode_text_prompt,
@@ -100,13 +101,17 @@ class Reader:
             caches.
         settings: Settings with the amount kept of the preferred caches, for references without a keep_ratio: of a text
             without such a cache, the newest one is taken.
+        scheduler: Scheduler of the model, shared by all of its readers; None for one of its own.
     """
 
-    def __init__(self, store: Store, compressor: Compressor, settings: MemorySettings) -> None:
+    def __init__(
+        self, store: Store, compressor: Compressor, settings: MemorySettings, scheduler: Scheduler | None = None
+    ) -> None:
         self._store = store
         self._compressor = compressor
         self._fingerprint = compressor.fingerprint()
         self._settings = settings
+        self._generator = Generator(compressor.backbone, layout=settings.layout, scheduler=scheduler)
 
     def has(self, text: str) -> bool:
         """Whether there is a cache of exactly this text under the current settings, whatever its keep_ratio."""
@@ -140,10 +145,11 @@ class Reader:
         *,
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
+        start_s: float | None = None,
     ) -> AnswerStream:
         """Answer a question from passages of the store, best first; without any, the answer is empty.
 
-        Other arguments as in `KVMemory.ask`.
+        `start_s` as in `reply`, other arguments as in `KVMemory.ask`.
 
         Raises:
             TextNotKeptError: `read_from` is `text`, and the text of a passage is not kept.
@@ -152,11 +158,13 @@ class Reader:
         check_choice(read_from, ReadFrom, where="read_from")
         so_far = Answer(question=question, sources=tuple(hits), read_from=read_from)
         if not hits:
-            return AnswerStream(None, replace(so_far, next_step="Use words that occur in the documents."))
+            nothing = replace(so_far, next_step="Use words that occur in the documents.")
+            return AnswerStream(self._generator.scheduler, None, nothing)
         # No texts: a missing cache is an error here, and for a damaged one the text is taken from the store.
         references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
         texts = _texts(hits) if read_from == "text" else ()
-        return self.reply([Turn("user", question)], references, texts=texts, settings=settings, so_far=so_far)
+        turns = [Turn("user", question)]
+        return self.reply(turns, references, texts=texts, settings=settings, so_far=so_far, start_s=start_s)
 
     def answer_batch(
         self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None = None
@@ -168,11 +176,12 @@ class Reader:
             Hit(document_id=document.id, ordinal=i, score=1.0, text=p.text, text_sha256=p.text_sha256, metadata={})
             for i, p in enumerate(document.passages)
         )
+        start_s = time.perf_counter()
         caches, loaded = self._load([Reference(key=hit.text_sha256) for hit in hits], Answer(sources=hits))
-        backbone, layout = self._compressor.backbone, self._settings.layout
+        backbone = self._compressor.backbone
         prompts = [Prompt(backbone.encode_question(question), behind_prefix=True) for question in questions]
         so_far = [replace(loaded, question=question) for question in questions]
-        return Run(backbone, prompts, caches, layout, settings, so_far=so_far).decode()
+        return self._generator.reply_batch(prompts, caches, settings=settings, so_far=so_far, start_s=start_s)
 
     def reply(
         self,
@@ -182,6 +191,7 @@ class Reader:
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
         so_far: Answer | None = None,
+        start_s: float | None = None,
     ) -> AnswerStream:
         """Reply to a conversation, from distilled caches after the shared prefix.
 
@@ -191,6 +201,8 @@ class Reader:
             texts: Documents to prefill as text after the caches.
             settings: Decoding settings.
             so_far: Answer as far as it is known: its question, its sources.
+            start_s: `time.perf_counter()` when the question arrived, from which its times and `timeout_s` count; None
+                for now.
 
         Raises:
             CacheNotFoundError: A reference without a text has no cache.
@@ -198,35 +210,27 @@ class Reader:
             CorruptCacheError: A cache is damaged, and there is no text to replace it.
             ContextWindowError: The caches, texts and conversation do not fit the model.
             ConfigError: The turns are invalid, see `encode_turns`.
+            QueueFullError: More requests wait for the model than its queue admits.
         """
+        start_s = time.perf_counter() if start_s is None else start_s
+        self._generator.scheduler.check_room()
         backbone = self._compressor.backbone
         prompt = encode_turns(backbone, turns)
         documents = [token for text in texts for token in backbone.encode_document(text)]
         caches, so_far = self._load(references, so_far or Answer())
-        return self._start(Prompt([*documents, *prompt.ids], behind_prefix=True), settings, caches, so_far)
+        whole = Prompt([*documents, *prompt.ids], behind_prefix=True)
+        return self._generator.reply(whole, caches, settings=settings, so_far=so_far, start_s=start_s)
 
     def reply_alone(self, turns: Sequence[Turn], *, settings: DecodeSettings | None = None) -> AnswerStream:
         """Reply to a conversation without documents, in the model's own chat template. Errors as in `reply`."""
-        return self._start(encode_chat(self._compressor.backbone, turns), settings)
+        return self._generator.reply(encode_chat(self._compressor.backbone, turns), settings=settings)
 
     def complete(self, text: str, *, settings: DecodeSettings | None = None) -> AnswerStream:
         """Continue a text without any template. Errors as in `reply`."""
-        return self._start(encode_text_prompt(self._compressor.backbone, text), settings)
-
-    def _start(
-        self,
-        prompt: Prompt,
-        settings: DecodeSettings | None,
-        caches: Sequence[DistilledCache] = (),
-        so_far: Answer | None = None,
-    ) -> AnswerStream:
-        so_far = so_far or Answer()
-        run = Run(self._compressor.backbone, [prompt], caches, self._settings.layout, settings, so_far=[so_far])
-        return AnswerStream(run, so_far)
+        return self._generator.reply(encode_text_prompt(self._compressor.backbone, text), settings=settings)
 
     def _load(self, references: Sequence[Reference], so_far: Answer) -> tuple[list[DistilledCache], Answer]:
         """The caches of the references; a missing or damaged cache is replaced by the full cache of its text."""
-        start_s = time.perf_counter()
         caches: list[DistilledCache] = []
         damaged: list[str] = []
         n_text = 0  # tokens of texts that replace caches: they count as prompt, not as cached
@@ -251,13 +255,10 @@ class Reader:
                     self._store_again(store, reference.key, text, keep)
                 caches.append(self._compressor.compress(text, keep_ratio=1.0))
                 n_text += caches[-1].n_tokens
-        elapsed_s = time.perf_counter() - start_s
         return caches, replace(
             so_far,
             n_prompt_tokens=n_text,
             n_cached_tokens=-n_text,
-            ttft_s=elapsed_s,
-            total_s=elapsed_s,
             keep_ratios=tuple(cache.keep_ratio for cache in caches),
             damaged=tuple(damaged),
         )

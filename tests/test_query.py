@@ -96,9 +96,7 @@ def test_references_are_composed_in_their_order(memory: KVMemory, wide: Any) -> 
 
 def test_texts_are_prefilled_after_the_caches(memory: KVMemory, wide: Any) -> None:
     cache = memory.store.get(key_of(FERRY), memory.compressor.fingerprint(), 0.25)
-    run = Generator(wide).start([FERRY_QUESTION], [cache], texts=[LAMP, WALRUS], settings=SAMPLED)
-    list(run.steps())
-    (expected,) = run.results()
+    expected = Generator(wide).stream(FERRY_QUESTION, [cache], texts=[LAMP, WALRUS], settings=SAMPLED).answer
     with recorded_inputs(wide) as inputs:
         reply = memory.reader.reply(ASKED, [reference(FERRY)], texts=[LAMP, WALRUS], settings=SAMPLED).answer
     read = "".join(wide.prompt.document(text) for text in (LAMP, WALRUS)) + wide.prompt.question(FERRY_QUESTION)

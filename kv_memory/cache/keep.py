@@ -107,6 +107,13 @@ class Keep:
                 return n / n_free
         return 1.0  # all tokens are held out
 
+    def size_bytes(self, n_tokens: int, fingerprint: Fingerprint) -> int:
+        """Estimated size of a document's cache file in bytes, at most 3 kB too high; errors of `ratio_for`."""
+        ratio = self.ratio_for(n_tokens, fingerprint)
+        windows = windows_of(n_tokens, _window_tokens(fingerprint) or n_tokens)
+        n_kept = sum(n_kept_for(end - start, ratio) for start, end in windows)
+        return n_kept * _entry_bytes(n_tokens, fingerprint, self.storage) + _fixed_bytes(fingerprint, self.storage)
+
     def fits(self, keep_ratio: float, n_tokens: int, fingerprint: Fingerprint) -> bool:
         """Whether this keep_ratio is exactly the one for a document of `n_tokens`; False if the budget is too small."""
         try:

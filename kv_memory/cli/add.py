@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Changes, EncodingOption, Place, command, pairs_of
-from kv_memory.cli.output import FAILED, Output, plain, size_rows
+from kv_memory.cli.output import FAILED, Output, plain, size_rows, size_text
 from kv_memory.cli.progress import count_text, track_add
 from kv_memory.errors import ConfigError
 from kv_memory.settings import KEEP_NAMES
 
 if TYPE_CHECKING:
     from kv_memory.documents import DocumentLike, ReadResult
-    from kv_memory.ingest.pipeline import AddReport
+    from kv_memory.ingest.pipeline import AddPlan, AddReport
     from kv_memory.memory import KVMemory
 
 _SHOWN = 5
@@ -51,19 +51,27 @@ def add(
     extra = dict(pairs_of(metadata or (), option="--metadata"))
     # Documents are checked before a store is created and a model loaded: a typo should fail at once.
     read = _read(paths or [], id_, extra, encoding, skip_errors) if paths else None
+    plans: list[AddPlan] = []
     with place.open_memory(out, create=bool(paths), **changes) as memory:
+        n_before = memory.stats().n_caches
         try:
-            report = _add(out, memory, read, stale=stale, encoding=encoding)
+            report = _add(out, memory, read, plans, stale=stale, encoding=encoding)
         except KeyboardInterrupt:
-            stored = count_text(memory.stats().n_documents, "document")
-            out.stopped = f"{stored} stored; run the same command to resume."
+            found = memory.stats()
+            passages = count_text(max(0, found.n_caches - n_before), "passage")
+            out.stopped = (
+                f"{count_text(found.n_documents, 'document')}, and the {passages} compressed so far, are stored; "
+                "run the same command to resume."
+            )
             raise
         settings = memory.settings
     _print(out, report)
     if report.errors and not (report.added or report.replaced or report.unchanged):
         out.code = FAILED
     factor = report.full_kv_bytes / report.cache_bytes if report.cache_bytes else None
-    return {**plain(report), "factor": factor, **{name: getattr(settings, name) for name in KEEP_NAMES}}
+    of_text = report.cache_bytes / report.text_bytes if report.text_bytes else None
+    done = {**plain(report), "factor": factor, "bytes_per_text_byte": of_text, "planned": plans}
+    return {**done, **{name: getattr(settings, name) for name in KEEP_NAMES}}
 
 
 def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding: str, skip_errors: bool) -> ReadResult:
@@ -94,18 +102,28 @@ def _read(paths: Sequence[str], id_: str | None, extra: dict[str, str], encoding
     return dataclasses.replace(read, documents=tuple(documents))
 
 
-def _add(out: Output, memory: KVMemory, read: ReadResult | None, *, stale: bool, encoding: str) -> AddReport:
+def _add(
+    out: Output, memory: KVMemory, read: ReadResult | None, plans: list[AddPlan], *, stale: bool, encoding: str
+) -> AddReport:
     """Add the documents that were read, then compress stale passages; returns one report of both."""
+
+    def on_plan(plan: AddPlan) -> None:
+        plans.append(plan)
+        out.note(
+            f"{count_text(plan.n_passages, 'passage')} of {count_text(plan.n_documents, 'document')} to compress, "
+            f"{plan.n_tokens:,} tokens: about {size_text(plan.cache_bytes)} on disk for "
+            f"{size_text(plan.text_bytes)} of text ({plan.cache_bytes / plan.text_bytes:,.0f}x)."
+        )
+
     report: AddReport | None = None
     if read is not None:
         with track_add(out) as tracker:
-            report = memory.add(read.documents, on_progress=tracker)
-        report.errors.extend(read.errors)
-        report.skipped.extend(map(str, read.skipped))
+            pipeline = memory.pipeline(on_plan=on_plan, on_progress=tracker)
+            report = pipeline.add(read.documents, errors=read.errors, skipped=read.skipped)
     if not stale and report is not None:
         return report
     with track_add(out) as tracker:
-        fresh = memory.refresh(encoding=encoding, on_progress=tracker)
+        fresh = memory.pipeline(on_plan=on_plan, on_progress=tracker).refresh(encoding=encoding)
     if report is None:
         return fresh
     names = {field.name for field in dataclasses.fields(report)} - {"fidelity"}
@@ -142,6 +160,9 @@ def _print(out: Output, report: AddReport) -> None:
         speed = report.n_tokens / max(report.elapsed_s, 1e-9)
         rows += [("Tokens", f"{report.n_tokens:,} in {report.n_passages:,} passages, {speed:,.0f} tokens/s")]
         rows += size_rows(report.full_kv_bytes, report.cache_bytes)
+        rows += [
+            ("Text", f"{size_text(report.text_bytes)}; on disk {report.cache_bytes / report.text_bytes:,.0f}x that")
+        ]
     if report.fidelity is not None:
         rows.append(("Refined", f"{report.n_refined:,} passages, KL to the full cache {report.fidelity:.3f} nats"))
     out.table(("", ""), rows)

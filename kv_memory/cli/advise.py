@@ -51,21 +51,22 @@ def advise_on(
         seed (N): Seed of passages and questions.
         time_limit (SECONDS): Stop after this time, with the results so far.
     """
-    out.stopped = "Nothing was stored. With --time-limit, the command stops with the results so far."
+    out.stopped = "Nothing was stored. Run the same command again; with --time-limit, it stops with the results so far."
     settings = MemorySettings.resolve({}, **changes)
     ratios = [ratio_of(text) for text in keep_ratio or ()]
-    with out.working("Starting"):
-        from kv_memory.documents import read_documents
-        from kv_memory.documents.decoding import check_encoding
-        from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Criteria, advise
-        from kv_memory.model.backbone import Backbone
+    # Checked before the model and its library are loaded, so that a typo fails at once.
+    from kv_memory.documents import read_documents
+    from kv_memory.documents.decoding import check_encoding
 
-    # Checked before the model is loaded, so that a typo fails at once.
-    criteria = Criteria(max_kl=max_kl, min_same=min_same)
     check_encoding(encoding)
     for path in paths:
         if not path.exists():
             read_documents(path)
+    with out.working("Starting"):
+        from kv_memory.evaluate import DEFAULT_KEEP_RATIOS, Criteria, advise
+        from kv_memory.model.backbone import Backbone
+
+    criteria = Criteria(max_kl=max_kl, min_same=min_same)
     with out.working(f"Loading the model ({settings.model})"):
         backbone = Backbone.load(settings.model, prompt=settings.prompt)
     with track_eval(out) as tracker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Changes, Place, command
-from kv_memory.cli.output import Output, plain
+from kv_memory.cli.output import Name, Output, plain
 from kv_memory.config import DecodeSettings
-from kv_memory.errors import KVMemoryError
+from kv_memory.errors import ConfigError, KVMemoryError
 from kv_memory.settings import KEEP_NAMES
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
 def _print_sources(out: Output, answer: Answer) -> None:
     """Print the passages an answer came from, with their scores."""
     rows = [
-        (f"{index}.", source.document_id, source.ordinal, f"{source.score:.2f}")
+        (f"{index}.", Name(source.document_id), source.ordinal, f"{source.score:.2f}")
         for index, source in enumerate(answer.sources, start=1)
     ]
     if rows:
@@ -115,6 +116,7 @@ def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: O
         question (QUESTION): The question, in quotes.
     """
     given = asking.arguments()
+    out.stopped = "The store is unchanged; run the same command to ask again."
     with place.open_memory(out, **changes) as memory:
         if out.as_json:
             return _answer_json(memory.ask(question, **given))
@@ -133,11 +135,18 @@ def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
     """
     answers: list[Answer] = []
-    given = asking.arguments()
+    out.stopped = "The store is unchanged; run the same command to ask other questions."
+    given, lines = asking.arguments(), _typed_lines(out)
+    if not sys.stdin.isatty():  # asked before the model is loaded, which would be for nothing
+        first = next(lines, None)
+        if first is None:
+            place.open_store(out).close()  # an error of the store comes first
+            raise ConfigError("no question on stdin", where="stdin", next_step="Write one question a line.")
+        lines = itertools.chain([first], lines)
     with place.open_memory(out, **changes) as memory:
         if sys.stdin.isatty():
             out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
-        for line in _typed_lines(out):
+        for line in lines:
             if line == "/quit":
                 break
             if line == "/sources":

@@ -48,7 +48,7 @@ def demo(
             changes["keep_ratio"] = "1/8"
         settings = MemorySettings.resolve({}, **changes, keep_text=True)
         documents, asked = _chosen(docs, questions, limit)
-        out.stopped = "The temporary store is deleted."
+        out.stopped = "The temporary store is deleted; run the same command again."
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kv-memory-demo-"))
         with out.working(f"Loading the model ({settings.model})"):
             from kv_memory.memory import KVMemory

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Place, command
-from kv_memory.cli.output import Output, plain, size_text
+from kv_memory.cli.output import Name, Output, plain, size_text
 from kv_memory.documents.loaders import file_id
 from kv_memory.errors import ConfigError, DocumentNotFoundError
 
@@ -61,7 +61,8 @@ def list_documents(*, place: Place, out: Output) -> Any:
     with place.open_store(out) as opened:
         documents = opened.documents()
     rows = [
-        (d.id, f"{d.n_passages:,}", f"{d.n_tokens:,}", _text_of(d), f"{d.updated_at:%Y-%m-%d %H:%M}") for d in documents
+        (Name(d.id), f"{d.n_passages:,}", f"{d.n_tokens:,}", _text_of(d), f"{d.updated_at:%Y-%m-%d %H:%M}")
+        for d in documents
     ]
     if rows:
         out.table(("Document", "Passages", "Tokens", "Text", "Stored (UTC)"), rows, right=("Passages", "Tokens"))
@@ -97,7 +98,7 @@ def show(document: str, *, place: Place, out: Output) -> Any:
 
 
 def _print(out: Output, record: DocumentRecord, caches: list[CacheInfo]) -> None:
-    facts: list[tuple[str, object]] = [("Document", record.id), ("Source", record.source_uri or "-")]
+    facts: list[tuple[str, object]] = [("Document", Name(record.id)), ("Source", Name(record.source_uri or "-"))]
     facts += [("Stored", f"{record.updated_at:%Y-%m-%d %H:%M} UTC" if record.updated_at else "-")]
     facts += [(str(key), value) for key, value in record.metadata.items()]
     out.table(("", ""), facts)

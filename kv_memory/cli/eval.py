@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from kv_memory.cli.config_file import Given, Setting, list_settings_option, settings_of
 from kv_memory.cli.options import command
 from kv_memory.cli.output import Output
-from kv_memory.cli.progress import track_eval
+from kv_memory.cli.progress import count_text, track_eval
 from kv_memory.config import ratio_of
 from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import EMBEDDED
@@ -133,10 +133,18 @@ def evaluate_task(
 
         backbone = Backbone.load(chosen.model, **found[Backbone.load])
         adapter_ = None if chosen.adapter is None else Adapter.load(chosen.adapter, backbone)
-    with track_eval(out) as tracker:
-        result = evaluate(
-            task, backbone=backbone, adapter=adapter_, settings=settings, refine=refine, on_progress=tracker, **options
-        )
+    measured = {"backbone": backbone, "adapter": adapter_, "settings": settings, "refine": refine, **options}
+    try:
+        with track_eval(out) as tracker:
+            result = evaluate(task, on_progress=tracker, **measured)
+    except KeyboardInterrupt:
+        if folder is not None:
+            from kv_memory.evaluate.question_records import FILE_NAME
+
+            file = folder / FILE_NAME
+            n_kept = len(file.read_bytes().splitlines()) if file.is_file() else 0
+            out.stopped = f"{count_text(n_kept, 'result')} kept in {folder}; {again}."
+        raise
     _print(out, result.rows)
     if not result.complete:
         done = f"{result.n_finished} of {result.n_documents} documents finished"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, Changes, EncodingOption, Place, command
 from kv_memory.cli.output import FAILED, Output
-from kv_memory.cli.progress import JobTracker, print_ended
+from kv_memory.cli.progress import JobTracker, count_text, print_ended
 from kv_memory.config import check_fields
 from kv_memory.errors import JobError
 from kv_memory.settings import MemorySettings
@@ -159,6 +159,7 @@ def _where(store: Store, job: Job) -> str:
 def _drive(
     out: Output, store: Store, job: Job, engine: Engine, *, resumed: bool = False, retry_failed: bool = False
 ) -> None:
+    from kv_memory.jobs import Ledger
     from kv_memory.jobs.driver import drive
 
     where = _where(store, job)
@@ -168,11 +169,21 @@ def _drive(
         out.note(f"Job {job.name} is done; nothing is left to do.")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they would interfere with the tracker's bar
     with JobTracker(out) as tracker:
-        ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
+        try:
+            ended = drive(store, job, engine, resumed=resumed, retry_failed=retry_failed, on_event=tracker)
+        except KeyboardInterrupt:
+            ledger = Ledger(store)
+            counts = ledger.counts(job)
+            more = "" if ledger.job(job.name).discovered else "+"
+            done = f"{count_text(counts.done, 'document')} done and stored, {counts.open:,}{more} to do"
+            out.stopped = f"{done}; `{go_on}` resumes the job."
+            raise
     print_ended(out, ended)
     n_documents = ended.added + ended.replaced + ended.unchanged + ended.failed + ended.cancelled
     if not (job.sources["sync"] or n_documents):
         out.note("No document was found. Folders contribute only files of known types; --glob selects others.")
+    if ended.noted:
+        out.note(f"`kv-memory job show {job.name}{where}` lists the notes.")
     if ended.failed:
         out.note(f"`kv-memory job show {job.name}{where}` lists the failed documents and how to fix them.")
         out.note(f"`{go_on} --retry-failed` retries them.")

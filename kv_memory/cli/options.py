@@ -30,6 +30,7 @@ CollectionOption = Annotated[str, typer.Option("--collection", metavar="NAME", h
 EncodingOption = Annotated[
     str, typer.Option("--encoding", metavar="NAME", help="Encoding of text files without a byte order mark.")
 ]
+_MAY_BE_BLANK = {"chat_options", "stop"}  # no switches; and a line break ends an answer
 
 Changes = dict[str, Any]  # settings that were given, for `MemorySettings.resolve`
 
@@ -53,6 +54,9 @@ class Place:
 
     def open_memory(self, out: Output, *, create: bool = False, **changes: Any) -> KVMemory:
         """Open a memory with its model, or with `create` also a new one; changes and errors as in `KVMemory.open`."""
+        if not create:
+            # Opened once without the model library, which takes seconds: a missing store or collection is said at once.
+            self.open_store(out).close()
         with out.working("Loading the model"):
             from kv_memory.memory import KVMemory
 
@@ -93,13 +97,15 @@ def command(*settings: str, json_lines: str = "") -> Callable[[Callable[..., Any
         @functools.wraps(function)
         def run(**values: Any) -> None:
             with reporting(as_json=values.pop("as_json"), by_line=bool(json_lines)) as out:
+                values |= {each.name: _value(each, values[each.name]) for each in parameters if each is not as_json}
                 for name, (make, names) in groups.items():
                     values[name] = make(**{each: values.pop(each) for each in names})
                 out.result(function(**values, out=out))
 
         # typer takes the options from here.
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        typed = [_as_typed(parameter) for parameter in parameters]
+        run.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in typed}
         run.__doc__ = (inspect.getdoc(function) or "").partition("\n\nOptions:\n")[0]
         return run
 
@@ -149,6 +155,32 @@ def _described(parameter: inspect.Parameter, helps: dict[str, tuple[str | None, 
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
         made = typer.Option(f"--{parameter.name.strip('_').replace('_', '-')}", metavar=metavar, help=text)
     return parameter.replace(annotation=Annotated[parameter.annotation, made])
+
+
+# Paths are typed as texts: of an empty one, click would make the path of the current folder.
+_TYPED: dict[Any, Any] = {
+    **{Path: str, Path | None: str | None},
+    **{list[Path]: list[str], list[Path] | None: list[str] | None},
+}
+
+
+def _as_typed(parameter: inspect.Parameter) -> inspect.Parameter:
+    kind, option = get_args(parameter.annotation)
+    return parameter.replace(annotation=Annotated[_TYPED.get(kind, kind), option])
+
+
+def _value(parameter: inspect.Parameter, given: Any) -> Any:
+    """The value of a parameter from what was typed; a ConfigError if that is blank."""
+    kind, option = get_args(parameter.annotation)
+    texts = [text for text in (given if isinstance(given, list) else [given]) if isinstance(text, str)]
+    if parameter.name not in _MAY_BE_BLANK and not all(text.strip() for text in texts):
+        name = option.metavar
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            name = f"--{parameter.name.strip('_').replace('_', '-')}"
+        raise ConfigError(f"{name} is empty", where=name, next_step="Pass a value, or see --help.")
+    if kind not in _TYPED or given is None:
+        return given
+    return [Path(text) for text in given] if isinstance(given, list) else Path(given)
 
 
 def _fields_of(record: type) -> list[inspect.Parameter]:

@@ -14,8 +14,10 @@ from datetime import datetime
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.filesize import decimal
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +25,7 @@ from kv_memory.errors import ConfigError, KVMemoryError, interruption_behind
 
 FAILED, USAGE, STOPPED = 1, 2, 130
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_PADDING = 2  # between two columns of a table
 _UNBOUNDED = 10_000  # width outside of a terminal, so that lines in a file are not folded at 80 columns
 
 
@@ -65,6 +68,12 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+class Name(str):
+    """A table's cell that people copy: an id, a path, a command."""
+
+    __slots__ = ()
 
 
 class Output:
@@ -110,19 +119,27 @@ class Output:
             print(printable(text), end="", flush=True)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()) -> None:
-        """Print a table of the result; the columns named in `right` are aligned right."""
+        """Print a table of the result; the columns named in `right` are aligned right.
+
+        Words are never broken, and a `Name` is never wrapped. Where the terminal is too narrow for them, it continues
+        the line itself: what is copied from there is whole.
+        """
         table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="bold")
         numbers = set(right)
-        for column in columns:
-            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(printable(str(cell))) for cell in row))
-        if self._out.is_terminal:
-            self._out.print(table)
-            return
-        with self._out.capture() as capture:
-            self._out.print(table)
-        self._out.out("\n".join(line.rstrip() for line in capture.get().splitlines()))  # no padding in a file
+        cells = [[Text(printable(str(cell)), no_wrap=isinstance(cell, Name)) for cell in row] for row in rows]
+        lines = [[Text(column) for column in columns], *cells]
+        most = self._out.width - _PADDING * (len(columns) - 1) if self._out.is_terminal else None
+        widths = _widths([[_extent(cell) for cell in column] for column in zip(*lines, strict=True)], most)
+        for column, width in zip(columns, widths, strict=True):
+            table.add_column(column, justify="right" if column in numbers else "left", width=width)
+        for row in cells:
+            table.add_row(*row)
+        shown = self._out.options.update(width=sum(widths) + _PADDING * (len(columns) - 1))
+        for line in self._out.render_lines(table, shown, new_lines=True):
+            if self._out.is_terminal:
+                self._out.print(Segments(line), soft_wrap=True, end="")
+            else:
+                self._out.out("".join(segment.text for segment in line).rstrip())  # no padding in a file
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """Print a line about the work, not its result."""
@@ -145,6 +162,24 @@ class Output:
         for label, name in (("Where", "where"), ("Next step", "next_step")):
             if error.get(name):
                 self.note(f"{label}: {error[name]}")
+
+
+def _extent(cell: Text) -> tuple[int, int]:
+    """The smallest and the largest width of a cell."""
+    natural = max((cell_len(line) for line in cell.plain.splitlines()), default=0)
+    return natural if cell.no_wrap else max(map(cell_len, cell.plain.split()), default=0), natural
+
+
+def _widths(extents: list[list[tuple[int, int]]], most: int | None) -> list[int]:
+    """Widths of columns, from the extents of their cells: as narrow as `most` asks, if words fit."""
+    least, widths = ([max(extent[i] for extent in column) for column in extents] for i in (0, 1))
+    while most is not None and sum(widths) > most:
+        loose = [i for i, width in enumerate(widths) if width > least[i]]
+        if not loose:
+            break
+        widest = max(loose, key=lambda i: widths[i])
+        widths[widest] = max(least[widest], widths[widest] - (sum(widths) - most))
+    return widths
 
 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:

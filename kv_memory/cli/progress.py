@@ -167,6 +167,9 @@ class JobTracker(Tracker):
             self._out.note(f"Job {event.job} {verb}: {sources_text(event.sources)}.")
         elif event.kind == "failed":
             self._out.note(f"Failed: {event.document_id}: {event.error['what']}", style="yellow")
+        elif event.kind == "noted":
+            for note in event.notes:
+                self._out.note(f"Note: {note} [{event.document_id}]", style="yellow")
         elif event.kind == "worker_died":
             self._out.note(f"A worker died ({event.reason}); another one replaces it.", style="yellow")
         elif event.kind == "progress":
@@ -216,5 +219,7 @@ def print_ended(out: Output, ended: JobEnded) -> None:
     if ended.n_passages:
         rows += [("Tokens", f"{ended.n_tokens:,} in {count_text(ended.n_passages, 'passage')}")]
         rows += size_rows(ended.full_kv_bytes, ended.cache_bytes)
+    if ended.noted:
+        rows.append(("Notes", f"{count_text(ended.noted, 'document')} lost something, e.g. replaced bytes"))
     rows.append(("Time", time_text(ended.elapsed_s)))
     out.table(("", ""), rows)

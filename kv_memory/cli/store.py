@@ -9,7 +9,7 @@ from typing import Any
 
 from kv_memory.cli.documents import find_document_id
 from kv_memory.cli.options import DEFAULT_COLLECTION, DEFAULT_STORE, CollectionOption, Place, StoreOption, command
-from kv_memory.cli.output import FAILED, Output, plain, size_text
+from kv_memory.cli.output import FAILED, Name, Output, plain, size_text
 from kv_memory.config import seconds_of, size_of
 from kv_memory.errors import ConfigError
 from kv_memory.settings import MemorySettings
@@ -33,15 +33,15 @@ def stats(*, prometheus: bool = False, place: Place, out: Output) -> Any:
         settings = MemorySettings.resolve(opened.settings())
     alone = settings.adapter is not None and settings.selector != "combined"
     rows: list[tuple[str, object]] = [
-        ("Store", folder),
-        ("Collection", place.collection),
+        ("Store", Name(folder)),
+        ("Collection", Name(place.collection)),
         ("Documents", f"{found.n_documents:,}"),
         ("Passages", f"{found.n_passages:,}, {found.n_tokens:,} tokens"),
         ("Distilled caches", f"{found.n_caches:,}, {size_text(found.cache_bytes)}"),
         ("On disk", size_text(found.disk_bytes)),
         ("Quarantined", f"{found.n_quarantined:,}"),
-        ("Model", settings.model),
-        ("Adapter", settings.adapter or "none"),
+        ("Model", Name(settings.model)),
+        ("Adapter", Name(settings.adapter or "none")),
         ("Selector", "the adapter's" if alone else settings.selector),
         ("Keep ratio", f"{settings.keep_ratio:g}") if settings.keep_ratio else ("Kept", settings.keep),
         ("Passage tokens", settings.passage_tokens or "whole"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from kv_memory.cli.config_file import Given, Setting, list_settings_option, settings_of
 from kv_memory.cli.options import command
-from kv_memory.cli.output import Output, size_text, time_text
+from kv_memory.cli.output import Name, Output, size_text, time_text
 from kv_memory.cli.progress import track_train
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def train(
         resume: Resume from the newest checkpoint, with otherwise the same options.
         dry_run: Measure a few steps and estimate time and memory; write nothing.
     """
-    out.stopped = "Nothing was written." if dry_run else "Run the same command with --resume to continue."
+    out.stopped = "Nothing was written; run the same command again."
     with out.working("Starting"):
         from kv_memory.train import Estimate, OpenRun, RunOptions, TrainRun, TrainSettings
 
@@ -87,18 +87,33 @@ def train(
             command=shlex.join(["kv-memory", *sys.argv[1:]]),
             **found[TrainRun],
         )
-    with track_train(out) as tracker:
-        opened = OpenRun(
-            run,
-            resume=resume,
-            dry_run=dry_run,
-            on_note=out.note,
-            on_passage=lambda *done: tracker.show("writing questions about passages", *done),
-            on_progress=tracker,
-        )
-        done = opened.estimate() if dry_run else opened.train()
+    try:
+        with track_train(out) as tracker:
+            opened = OpenRun(
+                run,
+                resume=resume,
+                dry_run=dry_run,
+                on_note=out.note,
+                on_passage=lambda *done: tracker.show("writing questions about passages", *done),
+                on_progress=tracker,
+            )
+            done = opened.estimate() if dry_run else opened.train()
+    except KeyboardInterrupt:
+        if not dry_run:
+            out.stopped = _kept(out_folder)
+        raise
     out.table(("", ""), _estimate_rows(done) if isinstance(done, Estimate) else _report_rows(done))
     return done
+
+
+def _kept(folder: Path) -> str:
+    """What is left of a run that was stopped, and how it goes on."""
+    from kv_memory.train.checkpoints import Checkpoints
+
+    if steps := Checkpoints(folder / "checkpoints").steps():
+        return f"The checkpoint of step {max(steps):,} is kept; run the same command with --resume to continue."
+    questions = "The questions written so far are kept; " if (folder / "questions.jsonl").is_file() else ""
+    return f"{questions or 'There is no checkpoint yet; '}run the same command again."
 
 
 def _estimate_rows(e: Estimate) -> list[tuple[str, str]]:
@@ -119,7 +134,7 @@ def _estimate_rows(e: Estimate) -> list[tuple[str, str]]:
 
 def _report_rows(r: TrainReport) -> list[tuple[str, str]]:
     rows = [
-        ("Adapter", str(r.adapter)),
+        ("Adapter", Name(r.adapter)),
         ("Steps", f"{r.step:,} of {r.n_steps:,}" + (f"; the best was {r.best_step:,}" if r.best_step < r.step else "")),
         ("Time", f"{time_text(r.elapsed_s)}, {r.n_tokens:,} tokens"),
     ]

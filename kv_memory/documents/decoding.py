@@ -45,7 +45,7 @@ _REPLACED = "\ufffd"
 # Number of valid characters beyond ASCII, for each invalid byte, from which a text is taken to be in an encoding. Text
 # of another encoding is hardly ever valid UTF-8 by chance; other multi-byte encodings are less strict.
 _VALID_IN_UTF8, _VALID_ELSEWHERE = 1, 10
-_MAX_INVALID_SHARE = 0.01  # of the characters of a page that declares the encoding; one is always admitted
+_MAX_INVALID_SHARE = 0.01  # of the characters of a page that declares the encoding
 _MAX_NUL_SHARE = 1e-3  # of the bytes of a page; a binary file has more
 
 
@@ -131,7 +131,7 @@ def decode_text(raw: bytes, *, encoding: str, where: str, is_page: bool = False)
         n_valid = sum(not character.isascii() for character in text) - n_replaced
         admitted = n_valid // (_VALID_IN_UTF8 if candidate == "utf-8" else _VALID_ELSEWHERE)
         if candidate == declared:
-            admitted = max(1, admitted, int(len(text) * _MAX_INVALID_SHARE))
+            admitted = max(admitted, int(len(text) * _MAX_INVALID_SHARE))
         if 0 < n_replaced <= admitted:
             noted = (f"{n_replaced} invalid byte(s) of {candidate} replaced by U+FFFD",)
             return _without_nuls(text, raw, where, is_page=is_page, notes=noted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from kv_memory.evaluate.cases import Case, EncodedQuery, Query, encode_query
 from kv_memory.evaluate.metrics import ALL_WANTED, TEXT_METRICS, kl_divergence, negative_log_likelihood
 from kv_memory.evaluate.question_records import Measured
 from kv_memory.evaluate.tasks.task import Task
-from kv_memory.generate import Answer, Prompt, Run, compose
+from kv_memory.generate import Answer, Generator, Prompt, Request, Scheduler, compose
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
 
@@ -43,14 +44,11 @@ class PrefilledQuestions:
         layout: Layout,
         n_new: int,
     ) -> None:
-        self._backbone, self._caches, self._prompts, self._layout = backbone, caches, prompts, layout
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = _padded(prompts)
-        self._cache = compose(
-            backbone, caches, layout=layout, n_question=ids.shape[1], n_new=n_new, batch_size=len(prompts)
-        )
-        ragged = bool((lengths != lengths[0]).any())
-        self._first = backbone.logits(ids, self._cache, lengths=lengths if ragged else None)
+        self._backbone, self._prompts = backbone, prompts
+        longest = max(map(len, prompts))
+        whole = compose(backbone, caches, layout=layout, n_question=longest, n_new=n_new)
+        self._caches = [whole.copy(room=len(prompt) + n_new) for prompt in prompts]
+        self._first = backbone.packed_logits(list(zip(prompts, self._caches, strict=True)))
 
     @torch.no_grad()
     def follow(self, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
@@ -58,28 +56,28 @@ class PrefilledQuestions:
 
         A row of token ids may be empty. Results come one at a time, because together they are large.
         """
-        rest, width = None, max(map(len, rows)) - 1
-        if width > 0:  # rows are padded at their end, where attention does not reach; the last token needs no logits
-            rest = self._backbone.logits(_padded([row[:-1] for row in rows]), self._cache, every=True)
-            self._cache.rewind(width)
+        longer = [index for index, row in enumerate(rows) if len(row) > 1]  # the last token needs no logits
+        rest: dict[int, torch.Tensor] = {}
+        if longer:
+            packed = [(rows[index][:-1], self._caches[index]) for index in longer]
+            logits = self._backbone.packed_logits(packed, every=True)
+            rest = dict(zip(longer, logits.split([len(ids) for ids, _ in packed]), strict=True))
+            for ids, cache in packed:
+                cache.rewind(len(ids))
         for index, row in enumerate(rows):
             logits = self._first[index : index + 1].float()
-            if rest is not None and len(row) > 1:
-                logits = torch.cat([logits, rest[index, : len(row) - 1].float()])
+            if index in rest:
+                logits = torch.cat([logits, rest[index].float()])
             yield logits[: len(row)].log_softmax(-1)
 
     def decode(self, rows: Sequence[int], settings: DecodeSettings) -> list[str]:
         """Answers to some of the questions, decoded by the code that `ask` uses; `follow` is invalid afterwards."""
-        self._cache.keep_rows(rows)
-        prompts = _behind_prefix([self._prompts[row] for row in rows])
-        read = self._cache, self._first[list(rows)]
-        run = Run(self._backbone, prompts, self._caches, self._layout, settings, read=read)
-        return [answer.text.strip() for answer in run.decode()]
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+        backbone = self._backbone
+        answers = Scheduler(max_batch=len(rows)).answers(
+            partial(Request, backbone, prompt, self._caches[row], settings, first=self._first[row])
+            for row, prompt in zip(rows, _behind_prefix([self._prompts[row] for row in rows]), strict=True)
+        )
+        return [answer.text.strip() for answer in answers]
 
 
 def batches(backbone: Backbone, n_rows: int, *, n_entries: int, n_tokens: int) -> list[slice]:
@@ -103,7 +101,8 @@ def greedy_answers(
     answers: list[Answer] = []
     # Decoding computes one row of logits per question; its copy of the cache takes the memory.
     for part in batches(backbone, len(prompts), n_entries=n_entries, n_tokens=1):
-        answers += Run(backbone, _behind_prefix(prompts[part]), [full], layout, settings).decode()
+        generator = Generator(backbone, layout=layout, scheduler=Scheduler(max_batch=len(prompts[part])))
+        answers += generator.reply_batch(_behind_prefix(prompts[part]), [full], settings=settings)
     return [(answer.text.strip(), answer.token_ids) for answer in answers]
 
 

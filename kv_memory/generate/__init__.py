@@ -2,7 +2,9 @@
 
 from kv_memory.generate.answer import Answer, AnswerStream, ReadFrom, iterate_in_thread
 from kv_memory.generate.compose import compose
-from kv_memory.generate.generator import Generator, Run
+from kv_memory.generate.generator import Generator
+from kv_memory.generate.request import Request
+from kv_memory.generate.scheduler import Scheduler
 from kv_memory.generate.turns import Prompt, Role, Turn, encode_chat, encode_text_prompt, encode_turns
 
 __all__ = [
@@ -11,8 +13,9 @@ __all__ = [
     "Generator",
     "Prompt",
     "ReadFrom",
+    "Request",
     "Role",
-    "Run",
+    "Scheduler",
     "Turn",
     "compose",
     "encode_chat",

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import Layout, check_choice
 from kv_memory.model.backbone import Backbone
+from kv_memory.model.hot import Composed
 from kv_memory.model.kv_cache import NEVER, PositionedCache
 
 _ANY = ("method", "adapter", "eta", "keep_spans", "format_version", "dtype")  # may differ between caches
+_ROOM_STEP = 128  # entries; the room in hot caches is a multiple of it
 
 
 @torch.no_grad()
@@ -59,127 +62,103 @@ def compose(
         made = cache.fingerprint
         made.check(replace(mine, **{name: getattr(made, name) for name in _ANY}))
 
-    n_positions = start + n_question
-    if any(cache.counts is not None for cache in caches):
-        return _compose_ragged(
-            backbone, caches, layout, spans, n_positions=n_positions, room=n_question + n_new, rows=batch_size
-        )
-    n_entries = n_prefix + sum(cache.n_kept for cache in caches)
-    shape = (backbone.num_layers, batch_size, backbone.num_kv_heads, n_entries + n_question + n_new, backbone.head_dim)
-    keys = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
-    values = torch.empty_like(keys)
-    prefix = backbone.prefix_for(n_positions)
-    keys[:, 0, :, :n_prefix], values[:, 0, :, :n_prefix] = prefix.keys, prefix.values
-
-    bias = None
-    if any(cache.bias is not None for cache in caches):  # 0 for the prefix, the question and the answer
-        bias = keys.new_zeros(backbone.num_layers, 1, *keys.shape[2:4])
-
-    rows = [torch.arange(n_prefix, dtype=torch.int32)]
-    entry, position = n_prefix, n_prefix
-    for cache, span in zip(caches, spans, strict=True):
-        inside = cache.positions if layout == "source" else torch.arange(cache.n_kept)
-        here = inside.to(torch.int32) + position  # (n_kept,) or (num_layers, num_kv_heads, n_kept)
-        entries = slice(entry, entry + cache.n_kept)
-        backbone.rope.rotate(
-            cache.keys.to(backbone.device),
-            here.to(backbone.device),
-            n_positions=n_positions,
-            out=keys[:, 0, :, entries],
-        )
-        values[:, 0, :, entries] = cache.values.to(backbone.device)
-        if bias is not None and cache.bias is not None:
-            bias[:, 0, :, entries] = cache.bias.to(bias)
-        rows.append(here)
-        entry += cache.n_kept
-        position += span
-    if batch_size > 1:
-        for tensor in (keys, values):
-            tensor[:, 1:, :, :n_entries] = tensor[:, :1, :, :n_entries]
-
-    if any(row.ndim == 3 for row in rows):
-        rows = [row.cpu().expand(backbone.num_layers, backbone.num_kv_heads, -1) for row in rows]
-    positions = torch.cat([row.cpu() for row in rows], dim=-1).to(backbone.device)
-    return PositionedCache(keys, values, positions=positions, next_position=start, n_positions=n_positions, bias=bias)
+    n_positions, room = start + n_question, n_question + n_new
+    hot = backbone.hot
+    # Only caches from a store come back as the same objects, by which what is kept is found.
+    if not hot.limit_bytes or batch_size > 1 or not caches or not all(cache.text_sha256 for cache in caches):
+        return _assemble(backbone, caches, spans, layout, n_positions, room).cache(n_positions, batch_size=batch_size)
+    key = (*caches, layout, backbone.rope.regime(n_positions))
+    if (lent := hot.lend(key, room, n_positions)) is not None:
+        return lent
+    room = -(-room // _ROOM_STEP) * _ROOM_STEP  # a longer question or answer may follow
+    composed = _assemble(backbone, caches, spans, layout, n_positions, room)
+    return hot.keep(key, composed, n_positions, size_bytes=sum(cache.size_bytes for cache in caches))
 
 
-def _compose_ragged(
+def _assemble(
     backbone: Backbone,
     caches: Sequence[DistilledCache],
-    layout: Layout,
     spans: Sequence[int],
-    *,
+    layout: Layout,
     n_positions: int,
     room: int,
-    rows: int,
-) -> PositionedCache:
-    """`compose` for caches whose heads hold different numbers of entries: each layer is as long as its fullest head.
+) -> Composed:
+    """The buffers of a composed cache; `spans` are the positions that the documents take.
 
-    Shorter heads are padded in front, and attention starts after the padding. Padding is neither written nor loaded:
-    on a CPU it uses addresses, no memory.
+    Heads that hold fewer entries than the fullest one of their layer are padded in front, and attention starts after
+    the padding. Padding is neither written nor loaded: on a CPU it uses addresses, no memory.
     """
-    # 1. Lengths: a layer is as long as its fullest head; `starts` is the amount of padding in front of each head.
-    n_heads, n_prefix = backbone.num_kv_heads, len(backbone.prefix_ids)
-    counts = [cache.head_counts for cache in caches]  # (num_layers, num_kv_heads) each
-    total = n_prefix + torch.stack(counts).sum(0)  # (num_layers, num_kv_heads)
-    longest = total.amax(1)  # (num_layers,)
-    starts: list[list[int]] = (longest[:, None] - total).tolist()
-
-    # 2. Buffers for each layer. Keys, values and biases have room for question and answer; positions follow later.
-    #    Padding keeps this initial state: keys and values uninitialised, biases 0, positions `NEVER`.
+    # 1. Lengths of the parts of each head, in their order: padding, the prefix, the documents, and the room.
     prefix = backbone.prefix_for(n_positions)
     like = prefix.keys  # (num_layers, num_kv_heads, n_prefix, head_dim)
-    # keys, values: (rows, num_kv_heads, length + room, head_dim)
-    keys = [like.new_empty(rows, n_heads, length + room, like.shape[-1]) for length in longest.tolist()]
-    values = [torch.empty_like(buffer) for buffer in keys]
-    biased = any(cache.bias is not None for cache in caches)
-    # bias: (1, num_kv_heads, length + room); positions: (1, num_kv_heads, length)
-    bias = [like.new_zeros(1, *buffer.shape[1:3]) for buffer in keys] if biased else None
-    positions = [torch.full((1, n_heads, length), NEVER, dtype=torch.int32) for length in longest.tolist()]
+    n_layers, n_heads, n_prefix, head_dim = like.shape
+    counts = [cache.head_counts for cache in caches]  # (num_layers, num_kv_heads) each
+    total = torch.stack([torch.full((n_layers, n_heads), n_prefix), *counts]).sum(0)
+    starts = total.amax(1, keepdim=True) - total  # amount of padding in front of each head
+    filled = torch.stack([starts, torch.full_like(starts, n_prefix), *counts], dim=-1)
+    lengths = nn.functional.pad(filled, (0, 1), value=room)  # (num_layers, num_kv_heads, parts)
+
+    # 2. One buffer for all layers and heads, and views of the places of each part. Padding keeps this initial state:
+    #    keys and values uninitialised, biases 0, positions `NEVER`.
+    keys = like.new_empty(int(lengths.sum()), head_dim)
+    values = torch.empty_like(keys)
+    bias = like.new_zeros(len(keys)) if any(cache.bias is not None for cache in caches) else None
+    positions = torch.full((int(filled.sum()),), NEVER, dtype=torch.int32)  # no room: those of new tokens follow later
+    key_places, value_places = _places(keys, lengths), _places(values, lengths)
+    position_places = _places(positions, filled)
+    bias_places = None if bias is None else _places(bias, lengths)
 
     # 3. The prefix follows the padding of each head; its keys carry their rotary embedding already.
-    before = torch.arange(n_prefix, dtype=torch.int32)  # (n_prefix,)
-    for layer, heads in enumerate(starts):
-        for head, first in enumerate(heads):
-            entries = slice(first, first + n_prefix)
-            keys[layer][:, head, entries] = prefix.keys[layer, head]
-            values[layer][:, head, entries] = prefix.values[layer, head]
-            positions[layer][0, head, entries] = before
+    # One call for all heads here and below: as slices, one after the other, these copies took eight times as long.
+    torch._foreach_copy_(key_places[1], prefix.keys.flatten(0, 1).unbind())
+    torch._foreach_copy_(value_places[1], prefix.values.flatten(0, 1).unbind())
+    torch._foreach_copy_(position_places[1], [torch.arange(n_prefix, dtype=torch.int32)] * (n_layers * n_heads))
 
-    # 4. The documents, one after the other: `filled` is the next free index of each head, `offset` the position where
-    #    the document begins.
-    filled = [[first + n_prefix for first in heads] for heads in starts]
+    # 4. The documents, one after the other; `offset` is the position where the document begins.
     offset = n_prefix
-    for cache, count, span in zip(caches, counts, spans, strict=True):
-        flat_keys, flat_values = (part.to(like).flatten(0, -2) for part in (cache.keys, cache.values))
-        # 4a. Positions of the entries, and rotary embedding for all heads in one call.
+    for part, (cache, count, span) in enumerate(zip(caches, counts, spans, strict=True), start=2):
+        of_heads, sizes = count.flatten(), count.flatten().tolist()
         inside = cache.flat_positions.cpu()  # (n_entries,); keys and values are (n_entries, head_dim)
         if layout == "packed":  # side by side in each head, so that its last entry is next to the following document
-            inside = torch.cat([torch.arange(cache.span - n, cache.span) for n in count.flatten().tolist()])
+            inside = torch.arange(len(inside)) + (span - of_heads.cumsum(0)).repeat_interleave(of_heads)
         where = inside.to(torch.int32) + offset  # (n_entries,)
+        flat_keys, flat_values = (of.to(like.device).flatten(0, -2) for of in (cache.keys, cache.values))
         turned = backbone.rope.rotate_flat(
-            flat_keys, where.to(backbone.device), count.sum(1).tolist(), n_positions=n_positions
+            flat_keys, where.to(like.device), count.sum(1).tolist(), n_positions=n_positions, dtype=like.dtype
         )
-        # 4b. Copy the entries of each head into all rows of the batch; `entry` is the index of its first flat entry.
-        flat_bias = None if cache.bias is None else cache.bias.flatten().to(like)
-        entry = 0
-        for layer, of_layer in enumerate(count.tolist()):
-            for head, n in enumerate(of_layer):
-                here, there = slice(entry, entry + n), slice(filled[layer][head], filled[layer][head] + n)
-                keys[layer][:, head, there] = turned[here]
-                values[layer][:, head, there] = flat_values[here]
-                positions[layer][0, head, there] = where[here]
-                if bias is not None and flat_bias is not None:
-                    bias[layer][0, head, there] = flat_bias[here]
-                filled[layer][head] += n
-                entry += n
+        torch._foreach_copy_(key_places[part], turned.split(sizes))
+        torch._foreach_copy_(value_places[part], flat_values.split(sizes))
+        torch._foreach_copy_(position_places[part], where.split(sizes))
+        if bias_places is not None and cache.bias is not None:
+            torch._foreach_copy_(bias_places[part], cache.bias.to(like.device).flatten().split(sizes))
         offset += span
-    return PositionedCache(
-        keys,
-        values,
-        positions=[p.to(backbone.device) for p in positions],
+
+    # 5. Positions by layer. Heads with equal numbers of entries need no padding, and if their positions are equal too,
+    #    one row serves all.
+    by_layer = [row.to(like.device) for row in _layers(positions, filled)]
+    rows: torch.Tensor | list[torch.Tensor] = by_layer
+    ragged = any(cache.counts is not None for cache in caches)
+    if not ragged:
+        per_head = layout == "source" and any(cache.per_head for cache in caches)
+        rows = torch.cat(by_layer) if per_head else by_layer[0][0, 0]
+    return Composed(
+        keys=_layers(keys, lengths),
+        values=_layers(values, lengths),
+        positions=rows,
         next_position=offset,
-        n_positions=n_positions,
-        starts=starts,
-        bias=bias,
+        room=room,
+        starts=starts.tolist() if ragged else None,
+        bias=None if bias is None else _layers(bias, lengths),
     )
+
+
+def _places(flat: torch.Tensor, lengths: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """By part, views of all heads; `lengths` are `(num_layers, num_kv_heads, parts)`, in the order of `flat`."""
+    views, n_parts = flat.split(lengths.flatten().tolist()), lengths.shape[-1]
+    return [views[part::n_parts] for part in range(n_parts)]
+
+
+def _layers(flat: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    """The layers of a buffer, `(1, num_kv_heads, length, ...)` each."""
+    sizes = lengths.sum((1, 2)).tolist()
+    return [layer.view(1, lengths.shape[1], -1, *flat.shape[1:]) for layer in flat.split(sizes)]

@@ -1,33 +1,27 @@
-"""Generator: prefills a question after composed caches and decodes the answer."""
+"""Generator: from questions and distilled caches to answers."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from collections.abc import Generator as Steps
-from dataclasses import replace
-from typing import Any
-
-import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from functools import partial
 
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.config import DecodeSettings, Layout
-from kv_memory.errors import DecodeTimeoutError
-from kv_memory.generate.answer import Answer, AnswerStream, TextStream, iterate_in_thread
+from kv_memory.generate.answer import Answer, AnswerStream, iterate_in_thread
 from kv_memory.generate.compose import compose
-from kv_memory.generate.constrain import JsonConstraint
+from kv_memory.generate.request import Request
+from kv_memory.generate.scheduler import Scheduler
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.first_token import FirstToken
 from kv_memory.model.kv_cache import PositionedCache
 
 _DEFAULTS = DecodeSettings()
 
 
 class Generator:
-    """Answers questions from distilled caches. Safe to use from several threads.
+    """Answers questions from distilled caches. Safe to use from several threads, whose answers are decoded together.
 
     Hugging Face's `generate` was rejected: it streams by pushing from its own thread, cannot give each row of a batch
     its own seed and stop, and derives positions from the length of the cache. Its logits warpers are used.
@@ -35,45 +29,50 @@ class Generator:
     Args:
         backbone: The model.
         layout: Placement of documents, see `compose`.
+        scheduler: Scheduler of the model, to decode together with others; None for one of its own.
     """
 
-    def __init__(self, backbone: Backbone, *, layout: Layout = "source") -> None:
+    def __init__(self, backbone: Backbone, *, layout: Layout = "source", scheduler: Scheduler | None = None) -> None:
         self.backbone = backbone
         self.layout: Layout = layout
+        self.scheduler = Scheduler() if scheduler is None else scheduler
 
     def generate(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> Answer:
-        """Answer one question; see `generate_batch` for arguments and errors."""
-        return self.start([question], caches, settings=settings).decode()[0]
+        """Answer one question; arguments and errors as in `stream`."""
+        return self.stream(question, caches, settings=settings).answer
 
     def generate_batch(
         self, questions: Sequence[str], caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
     ) -> list[Answer]:
-        """Answer several questions about the same documents as one batch.
+        """Answer several questions about the same documents together; there may be none. Otherwise as in `stream`."""
+        return self.reply_batch([self._prompt(question) for question in questions], caches, settings=settings)
+
+    def stream(
+        self,
+        question: str,
+        caches: Sequence[DistilledCache] = (),
+        *,
+        texts: Sequence[str] = (),
+        settings: DecodeSettings | None = None,
+    ) -> AnswerStream:
+        """Answer one question piece by piece; the pieces joined are the answer.
+
+        Errors before decoding are raised by the call itself, not by the first piece.
 
         Args:
-            questions: Questions to answer; may be empty.
+            question: The question.
             caches: Distilled caches of the documents, in order.
+            texts: Documents to prefill as text after the caches and before the question: plain RAG, for comparison.
             settings: Decoding settings.
 
         Raises:
             ContextWindowError: Documents, question and answer do not fit the model. Raised before any work.
             FingerprintMismatchError: A cache belongs to another model or prompt.
+            QueueFullError: More questions wait for the model than its queue admits.
         """
-        if not questions:
-            return []
-        return self.start(questions, caches, settings=settings).decode()
-
-    def stream(
-        self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
-    ) -> AnswerStream:
-        """Answer one question piece by piece; the pieces joined are the answer.
-
-        Arguments and errors as in `generate_batch`. Errors before decoding are raised by the call itself, not by the
-        first piece.
-        """
-        return AnswerStream(self.start([question], caches, settings=settings), Answer())
+        return self.reply(self._prompt(question, texts), caches, settings=settings)
 
     async def astream(
         self, question: str, caches: Sequence[DistilledCache] = (), *, settings: DecodeSettings | None = None
@@ -83,181 +82,74 @@ class Generator:
         async for piece in iterate_in_thread(pieces):
             yield piece
 
-    def start(
+    def reply(
         self,
-        questions: Sequence[str],
+        prompt: Prompt,
         caches: Sequence[DistilledCache] = (),
         *,
-        texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
-    ) -> Run:
-        """Start a batch, for callers that need both the pieces and the statistics.
+        so_far: Answer | None = None,
+        start_s: float | None = None,
+    ) -> AnswerStream:
+        """`stream` for an encoded prompt; `so_far` and `start_s` as in `Request`."""
+        start_s = time.perf_counter() if start_s is None else start_s
+        cache = self._compose([prompt], caches, settings or _DEFAULTS)
+        request = self._request(prompt, caches, settings, so_far, start_s, lambda _: cache)
+        return AnswerStream(self.scheduler, request, so_far or Answer())
 
-        Arguments and errors as in `generate_batch`, but there is at least one question. `texts` are documents to
-        prefill as text after the caches and before the question: plain RAG, for comparison.
-        """
-        documents = [token for text in texts for token in self.backbone.encode_document(text)]
-        prompts = [Prompt(documents + self.backbone.encode_question(q), behind_prefix=True) for q in questions]
-        return Run(self.backbone, prompts, caches, self.layout, settings)
-
-
-def _sampler(settings: DecodeSettings, device: torch.device) -> Callable[[torch.Tensor], int]:
-    """A function that picks the tokens of one answer from `(vocab_size,)` logits, with its own random generator."""
-    if settings.temperature == 0:
-        return lambda logits: int(logits.argmax())
-    generator = torch.Generator(device=device)
-    if settings.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(settings.seed)
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
-    if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    none: Any = torch.empty(1, 0, dtype=torch.long)
-
-    def pick(logits: torch.Tensor) -> int:
-        scores = warpers(none, logits[None].float())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-
-    return pick
-
-
-class Run:
-    """One batch: composed on construction, decoded by `steps`, summarised by `results`. See `Generator.start`.
-
-    `read` is the state of prompts that are prefilled already: their cache, which the run consumes, and the logits of
-    the next token, `(rows, vocab_size)`. `so_far` are the answers before decoding, one a prompt: what is known of them,
-    and the tokens and seconds spent already, to which the run adds its own.
-    """
-
-    def __init__(
+    def reply_batch(
         self,
-        backbone: Backbone,
         prompts: Sequence[Prompt],
-        caches: Sequence[DistilledCache],
-        layout: Layout,
-        settings: DecodeSettings | None = None,
+        caches: Sequence[DistilledCache] = (),
         *,
-        read: tuple[PositionedCache, torch.Tensor] | None = None,
+        settings: DecodeSettings | None = None,
         so_far: Sequence[Answer] = (),
-    ) -> None:
-        self._start_s = time.perf_counter()
-        self._backbone = backbone
-        self._settings = settings = settings or _DEFAULTS
-        self._so_far = so_far or [Answer()] * len(prompts)
-        self._lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
-        width = int(self._lengths.max())
-        self._ids = torch.tensor([prompt.ids + [0] * (width - len(prompt.ids)) for prompt in prompts])
-        room = settings.max_new_tokens
-        self._cache: PositionedCache | None
-        behind_prefix = prompts[0].behind_prefix
-        self._first = None if read is None else read[1]
-        if read is not None:
-            self._cache = read[0]
-        elif behind_prefix:
-            self._cache = compose(
-                backbone, caches, layout=layout, n_question=width, n_new=room, batch_size=len(prompts)
-            )
-        else:
-            backbone.check_positions(width + room, what=f"a prompt of {width:,} and an answer of up to {room:,} tokens")
-            self._cache = backbone.empty_cache(width + room, batch_size=len(prompts))
-        self._n_cached = (len(backbone.prefix_ids) if behind_prefix else 0) + sum(cache.n_kept for cache in caches)
-        stop = (*settings.stop, *(backbone.prompt.stop if behind_prefix else ()))
-        if settings.json_schema is not None:
-            stop = settings.stop  # the schema determines where the answer ends
-        self._texts = [TextStream(backbone.tokenizer, stop=stop) for _ in prompts]
-        self._samplers = [_sampler(settings, backbone.device) for _ in prompts]
-        self._constraints = [
-            None if settings.json_schema is None else JsonConstraint(backbone, settings.json_schema) for _ in prompts
-        ]
-        self._openings = [
-            FirstToken(
-                tokenizer=backbone.tokenizer, end_ids=backbone.end_ids, behind=prompt.ids[-1] if prompt.ids else None
-            )
-            for prompt in prompts
-        ]
-        self._ttft_s = 0.0
-        self._total_s = [0.0] * len(prompts)
+        start_s: float | None = None,
+    ) -> list[Answer]:
+        """Answers to several encoded prompts behind the same caches, which are composed once; `so_far` one a prompt."""
+        if not prompts:
+            return []
+        start_s = time.perf_counter() if start_s is None else start_s
+        whole = self._compose(prompts, caches, settings or _DEFAULTS)
+        known = so_far or [Answer()] * len(prompts)
+        return self.scheduler.answers(
+            partial(self._request, prompt, caches, settings, answer, start_s, lambda room: whole.copy(room=room))
+            for prompt, answer in zip(prompts, known, strict=True)
+        )
 
-    def decode(self) -> list[Answer]:
-        """Decode to the end and return the answers; errors as in `steps`."""
-        for _ in self.steps():
-            pass
-        return self.results()
+    def _request(
+        self,
+        prompt: Prompt,
+        caches: Sequence[DistilledCache],
+        settings: DecodeSettings | None,
+        so_far: Answer | None,
+        start_s: float,
+        make_cache: Callable[[int], PositionedCache],
+    ) -> Request:
+        settings = settings or _DEFAULTS
+        n_prefix = len(self.backbone.prefix_ids) if prompt.behind_prefix else 0
+        return Request(
+            self.backbone,
+            prompt,
+            make_cache(len(prompt.ids) + settings.max_new_tokens),
+            settings,
+            n_cached=n_prefix + sum(cache.n_kept for cache in caches),
+            so_far=so_far,
+            start_s=start_s,
+        )
 
-    def close(self) -> None:
-        """Free the cache; the decoded text stays."""
-        self._cache = None
+    def _compose(
+        self, prompts: Sequence[Prompt], caches: Sequence[DistilledCache], settings: DecodeSettings
+    ) -> PositionedCache:
+        """The cache that all prompts follow, with room for the longest and its answer."""
+        longest, room = max(len(prompt.ids) for prompt in prompts), settings.max_new_tokens
+        if prompts[0].behind_prefix:
+            return compose(self.backbone, caches, layout=self.layout, n_question=longest, n_new=room)
+        self.backbone.check_positions(
+            longest + room, what=f"a prompt of {longest:,} and an answer of up to {room:,} tokens"
+        )
+        return self.backbone.empty_cache(longest + room)
 
-    @torch.no_grad()
-    def steps(self) -> Steps[list[str], None, None]:
-        """Decode token by token; each step yields the new text of every row, empty for rows that have ended.
-
-        Raises:
-            DecodeTimeoutError: Decoding takes longer than `DecodeSettings.timeout_s`.
-        """
-        assert self._cache is not None, "a run is decoded once"
-        # Only this frame holds the cache from here on: it is freed with the last step, or when the steps are closed.
-        backbone, cache, self._cache = self._backbone, self._cache, None
-        logits = self._first
-        if logits is None:
-            ragged = bool((self._lengths != self._lengths[0]).any())
-            logits = backbone.logits(self._ids, cache, lengths=self._lengths if ragged else None)
-        rows = list(range(len(self._texts)))  # indices of rows still being decoded
-        for step in range(self._settings.max_new_tokens):
-            last = step + 1 == self._settings.max_new_tokens
-            tokens = [self._pick(row, of_row, last) for row, of_row in zip(rows, logits, strict=True)]
-            now_s = time.perf_counter() - self._start_s
-            self._ttft_s = self._ttft_s or now_s
-            pieces = [""] * len(self._texts)
-            for row, token in zip(rows, tokens, strict=True):
-                text, constraint = self._texts[row], self._constraints[row]
-                self._total_s[row] = now_s
-                complete = constraint is not None and constraint.push(token)
-                pieces[row] = text.push(token, is_end=token in backbone.end_ids, is_last=last, is_complete=complete)
-            yield pieces
-            going = [i for i, row in enumerate(rows) if not self._texts[row].finished]
-            if not going:
-                return
-            self._check_time(step + 1)
-            if len(going) < len(rows):
-                cache.keep_rows(going)
-                rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
-            logits = backbone.logits(torch.tensor(tokens)[:, None], cache)
-
-    def _pick(self, row: int, logits: torch.Tensor, is_last: bool) -> int:
-        text, constraint, choose = self._texts[row], self._constraints[row], self._samplers[row]
-        logits = logits if constraint is None else constraint.mask(logits)
-        if text.begun:
-            return choose(logits)
-        return self._openings[row].pick(choose, logits, text.token_ids, is_last=is_last)
-
-    def _check_time(self, n_tokens: int) -> None:
-        limit_s = self._settings.timeout_s
-        if limit_s is not None and time.perf_counter() - self._start_s > limit_s:
-            raise DecodeTimeoutError(
-                f"the answer is not complete after {limit_s:g} s; {n_tokens:,} tokens were decoded",
-                where="timeout_s",
-                next_step="Allow more time, lower max_new_tokens, or stream to get the partial answer.",
-            )
-
-    def results(self) -> list[Answer]:
-        """The answers, after `steps` has ended."""
-        return [
-            replace(
-                so_far,
-                text=text.text.strip() if so_far.question else text.text,
-                token_ids=tuple(text.token_ids),
-                finish_reason=text.finish_reason,
-                n_prompt_tokens=so_far.n_prompt_tokens + int(length),
-                n_cached_tokens=so_far.n_cached_tokens + self._n_cached,
-                ttft_s=so_far.ttft_s + self._ttft_s,
-                total_s=so_far.total_s + total_s,
-                next_step=text.next_step,
-            )
-            for so_far, text, length, total_s in zip(
-                self._so_far, self._texts, self._lengths, self._total_s, strict=True
-            )
-        ]
+    def _prompt(self, question: str, texts: Sequence[str] = ()) -> Prompt:
+        documents = [token for text in texts for token in self.backbone.encode_document(text)]
+        return Prompt([*documents, *self.backbone.encode_question(question)], behind_prefix=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.compress import Compressor
 from kv_memory.documents import Document
-from kv_memory.errors import KVMemoryError, TextNotKeptError
+from kv_memory.errors import ConfigError, KVMemoryError, TextNotKeptError
 from kv_memory.ingest.document_records import (
     Prepared,
     prepare,
@@ -52,6 +52,25 @@ class AddProgress:
     n_tokens_total: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class AddPlan:
+    """The work of an `add`, before it begins.
+
+    Attributes:
+        n_documents: Number of documents to process, without unchanged ones.
+        n_passages: Number of passages to compress.
+        n_tokens: Number of tokens in them.
+        text_bytes: Size of their texts in UTF-8, in bytes.
+        cache_bytes: Estimated size of their caches on disk, in bytes.
+    """
+
+    n_documents: int
+    n_passages: int
+    n_tokens: int
+    text_bytes: int
+    cache_bytes: int
+
+
 @dataclass(kw_only=True)
 class AddReport:
     """The result of `add` or `refresh`.
@@ -66,7 +85,8 @@ class AddReport:
         n_passages: Number of passages compressed.
         n_tokens: Number of tokens compressed, wrappers included.
         n_kept: Number of entries kept of these tokens in every layer and head.
-        cache_bytes: Size of the new distilled caches in bytes.
+        text_bytes: Size of the texts of these passages in UTF-8, in bytes.
+        cache_bytes: Size of the new distilled caches on disk, in bytes.
         full_kv_bytes: Size that their uncompressed caches would have, in bytes.
         n_refined: Number of the compressed passages that were refined.
         fidelity: Mean KL of the refined caches to the full cache on held-out probes, in nats; None without refinement.
@@ -82,6 +102,7 @@ class AddReport:
     n_passages: int = 0
     n_tokens: int = 0
     n_kept: int = 0
+    text_bytes: int = 0
     cache_bytes: int = 0
     full_kv_bytes: int = 0
     n_refined: int = 0
@@ -97,6 +118,7 @@ class IngestPipeline:
         compressor: Compressor of the passages.
         settings: Settings for passages, caches and texts.
         keep_text: True to keep the texts of added documents, False not to; None follows the settings.
+        on_plan: Callback before the first passage, if there is any to compress.
         on_progress: Callback after every batch of passages.
         writer: Executor that stores the caches of a batch while the next one is compressed; None stores them at once.
         batch_size: Number of passages of a document compressed at once, grouped by similar length. None means 8 on a
@@ -110,6 +132,7 @@ class IngestPipeline:
         settings: MemorySettings,
         *,
         keep_text: bool | None = None,
+        on_plan: Callable[[AddPlan], None] | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
         writer: Executor | None = None,
         batch_size: int | None = None,
@@ -119,6 +142,7 @@ class IngestPipeline:
         self._settings = settings
         self._count_tokens = compressor.backbone.count_tokens
         self._keep_text = settings.keep_text if keep_text is None else keep_text
+        self._on_plan = on_plan
         self._on_progress = on_progress
         self._writer = writer
         on_gpu = compressor.backbone.device.type == "cuda"
@@ -211,6 +235,8 @@ class IngestPipeline:
         return made._replace(cached=cached)
 
     def _compress(self, todo: list[Prepared], report: AddReport, start_s: float) -> AddReport:
+        if self._on_plan is not None and (plan := self._planned(todo)).n_passages:
+            self._on_plan(plan)
         total = sum(made.record.n_tokens for made in todo)
         settings = asdict(self._settings)
         done = 0
@@ -247,6 +273,26 @@ class IngestPipeline:
         report.elapsed_s = time.perf_counter() - start_s
         return report
 
+    def _planned(self, todo: list[Prepared]) -> AddPlan:
+        """What the documents take; a text that occurs twice is compressed once."""
+        passages = {
+            passage.text_sha256: (passage.n_tokens, len(made.texts[passage.text_sha256].encode()))
+            for made in todo
+            for passage in made.record.passages
+            if passage.text_sha256 in made.texts.keys() - made.cached
+        }
+        n_bytes = 0
+        for n_tokens, _ in passages.values():
+            with suppress(ConfigError):  # no cache of it fits: an error when its turn comes
+                n_bytes += self._settings.keep.size_bytes(n_tokens, self.fingerprint)
+        return AddPlan(
+            n_documents=len(todo),
+            n_passages=len(passages),
+            n_tokens=sum(n_tokens for n_tokens, _ in passages.values()),
+            text_bytes=sum(text_bytes for _, text_bytes in passages.values()),
+            cache_bytes=n_bytes,
+        )
+
     def _make(self, texts: dict[str, str], report: AddReport) -> None:
         """Compress and store the texts, by their sorted hashes, that have no cache."""
         if not texts:
@@ -271,6 +317,7 @@ class IngestPipeline:
                     caches = self._compressor.compress_many(
                         [texts[key] for key in missing], keep_ratio=[ratios[key] for key in missing]
                     )
+            report.text_bytes += sum(len(texts[key].encode()) for key in missing)
             # 4. Store the caches; `_write` then releases the locks.
             held = stack.pop_all()
         made = list(zip(missing, caches, strict=True))

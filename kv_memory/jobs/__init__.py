@@ -6,7 +6,7 @@ compress and store the documents. Whichever process dies, the ledger records the
 
 from __future__ import annotations
 
-from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings, Task
+from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings, NotedTask, Task
 from kv_memory.jobs.ledger import Ledger
 
-__all__ = ["Counts", "FailedTask", "Job", "JobSettings", "Ledger", "Task"]
+__all__ = ["Counts", "FailedTask", "Job", "JobSettings", "Ledger", "NotedTask", "Task"]

@@ -19,8 +19,17 @@ from kv_memory import errors
 from kv_memory.errors import ConfigError, JobError, KVMemoryError, StoreError, WorkerDiedError
 from kv_memory.jobs.discovery import Discovery, check_folder
 from kv_memory.jobs.engines import Engine, WorkerEnd
-from kv_memory.jobs.events import DocumentFailed, Event, JobEnded, JobStarted, Progress, RateMeter, WorkerEnded
-from kv_memory.jobs.job_records import Counts, Job, JobSettings, Outcomes
+from kv_memory.jobs.events import (
+    DocumentFailed,
+    DocumentNoted,
+    Event,
+    JobEnded,
+    JobStarted,
+    Progress,
+    RateMeter,
+    WorkerEnded,
+)
+from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings, NotedTask, Outcomes
 from kv_memory.jobs.ledger import Ledger
 from kv_memory.jobs.sources import name_of, parse_sources
 from kv_memory.jobs.sources.files import FileSource
@@ -31,7 +40,7 @@ _BEGINNING_S = 5.0
 _SHARE_OF_POLLING = 0.02  # upper bound, as a share of the time: counting a million tasks is slow
 _SLOWEST_POLL_S = 5.0
 _MOST_STRIKES = 10  # consecutive workers that die without having held a document
-_MOST_TOLD = 1000  # failures reported as events; the ledger holds all of them
+_MOST_TOLD = 1000  # failures, and remarks, reported as events; the ledger holds all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +159,8 @@ class _Driver:
         self._freed_s = 0.0
         self._strikes = 0
         self._progress = 0  # documents done or failed at the last check
-        self._told = {failed.document_id for failed in ledger.failed(job, limit=_MOST_TOLD)}
+        self._failed = {failed.document_id for failed in ledger.failed(job, limit=_MOST_TOLD)}
+        self._noted = {noted.document_id for noted in ledger.noted(job, limit=_MOST_TOLD)}
 
     def run(self) -> JobEnded:
         start_s = time.monotonic()
@@ -224,12 +234,10 @@ class _Driver:
             self._ledger.free_dead(self._job)
 
     def _tell(self, counts: Counts, now_s: float, elapsed_s: float, *, discovered: bool) -> None:
-        n_told = len(self._told)
-        if counts.failed > n_told and n_told < _MOST_TOLD:
-            for failed in self._ledger.failed(self._job, limit=_MOST_TOLD):
-                if failed.document_id not in self._told:
-                    self._told.add(failed.document_id)
-                    self._on_event(DocumentFailed(job=self._job.name, **vars(failed)))
+        if len(self._failed) < min(counts.failed, _MOST_TOLD):
+            self._tell_of(DocumentFailed, self._ledger.failed(self._job, limit=_MOST_TOLD), self._failed)
+        if len(self._noted) < min(counts.noted, _MOST_TOLD):
+            self._tell_of(DocumentNoted, self._ledger.noted(self._job, limit=_MOST_TOLD), self._noted)
         documents_per_s, tokens_per_s, left_s = self._speed.see(now_s, counts)
         self._on_event(
             Progress(
@@ -247,6 +255,12 @@ class _Driver:
                 left_s=left_s if discovered else None,
             )
         )
+
+    def _tell_of(self, kind: type[Event], tasks: Sequence[FailedTask | NotedTask], told: set[str]) -> None:
+        for task in tasks:
+            if task.document_id not in told:
+                told.add(task.document_id)
+                self._on_event(kind(job=self._job.name, **vars(task)))
 
 
 def _raised(end: WorkerEnd) -> KVMemoryError:

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kv_memory.jobs.job_records import Counts, FailedTask, Outcomes
+from kv_memory.jobs.job_records import Counts, FailedTask, NotedTask, Outcomes
 
 _WINDOW_S = 60.0
 
@@ -58,6 +58,13 @@ class DocumentFailed(FailedTask, Event):
     """A document failed; the job continues."""
 
     kind = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentNoted(NotedTask, Event):
+    """A document is stored, but its parser replaced or lost something."""
+
+    kind = "noted"
 
 
 @dataclass(frozen=True, kw_only=True)

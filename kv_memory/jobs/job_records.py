@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -120,6 +120,15 @@ class FailedTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NotedTask:
+    """A document that is stored, with remarks on what its parser replaced or lost."""
+
+    document_id: str
+    uri: str
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """Passages and tokens compressed for a document, or a whole job, and the sizes of their new caches in bytes.
 
@@ -139,10 +148,12 @@ class TaskResult(Work):
     Attributes:
         outcome: Kind of change to the document, where `unchanged` costs only a hash; None if it failed.
         error: Error of a failed document, in the form of `KVMemoryError.to_dict`; None if it is stored.
+        notes: Remarks on a document that was added or replaced; None without any.
     """
 
     outcome: Outcome | None = None
     error: dict[str, str | None] | None = None
+    notes: Sequence[str] | None = None
     elapsed_s: float = 0.0
 
 
@@ -150,7 +161,8 @@ class TaskResult(Work):
 class Outcomes(Work):
     """Numbers of documents by outcome.
 
-    Replaced ones had other text, metadata or settings; cancelled ones were left out because the job was cancelled.
+    Replaced ones had other text, metadata or settings; cancelled ones were left out because the job was cancelled;
+    noted ones are stored, with remarks.
     """
 
     added: int = 0
@@ -158,6 +170,7 @@ class Outcomes(Work):
     unchanged: int = 0
     failed: int = 0
     cancelled: int = 0
+    noted: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

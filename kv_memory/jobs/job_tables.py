@@ -1,4 +1,4 @@
-"""The tables of jobs and their tasks, in the catalog of a store; the store's first migration creates them."""
+"""The tables of jobs and their tasks, in the catalog of a store; the store's migrations create them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class TaskRow(Base):
     # Result: added, replaced or unchanged; or the error.
     outcome: Mapped[str | None] = mapped_column(String(16))
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    notes: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
     n_passages: Mapped[int] = mapped_column(default=0)
     n_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     cache_bytes: Mapped[int] = mapped_column(BigInteger, default=0)

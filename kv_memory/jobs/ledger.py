@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Select, and_, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -18,13 +18,15 @@ from sqlalchemy.orm import Session
 
 from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.errors import DocumentError, JobError, WorkerDiedError
-from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings, SourceItem, Work
+from kv_memory.jobs.job_records import Counts, FailedTask, Job, JobSettings, NotedTask, SourceItem, Work
 from kv_memory.jobs.job_tables import JobRow, TaskRow
 from kv_memory.jobs.leases import count_of
 from kv_memory.model.embedded import recorded_settings
 from kv_memory.store import Store
 from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import FingerprintRow, utc_now
+
+_Shown = TypeVar("_Shown", FailedTask, NotedTask)
 
 
 class Ledger:
@@ -206,24 +208,34 @@ class Ledger:
     def counts(self, job: Job) -> Counts:
         """Progress of the job."""
         sums = [func.coalesce(func.sum(getattr(TaskRow, name)), 0) for name in (*_WORK, "priority")]
-        kinds = select(TaskRow.state, TaskRow.outcome, func.count(), *sums).where(TaskRow.job_id == job.id)
+        kinds = select(TaskRow.state, TaskRow.outcome, func.count(), func.count(TaskRow.notes), *sums).where(
+            TaskRow.job_id == job.id
+        )
         with self._catalog.read() as session:
             rows = session.execute(kinds.group_by(TaskRow.state, TaskRow.outcome)).all()
         totals = Counter[str]()
-        for state, outcome, n, *work, priority in rows:
+        for state, outcome, n, n_noted, *work, priority in rows:
             totals.update(dict(zip(_WORK, map(int, work), strict=True)))
             totals[outcome if state == "done" else state] += n
+            totals["noted"] += n_noted
             if state != "cancelled":
                 totals["open_bytes" if state in _OPEN else "done_bytes"] -= int(priority)
         return Counts(**totals)
 
     def failed(self, job: Job, *, limit: int | None = None) -> list[FailedTask]:
         """Failed documents in the order of their tasks."""
-        names = [field.name for field in dataclasses.fields(FailedTask)]
+        return self._tasks(FailedTask, job, TaskRow.state == "failed", limit)
+
+    def noted(self, job: Job, *, limit: int | None = None) -> list[NotedTask]:
+        """Stored documents with remarks, in the order of their tasks."""
+        return self._tasks(NotedTask, job, TaskRow.notes.is_not(None), limit)
+
+    def _tasks(self, kind: type[_Shown], job: Job, which: Any, limit: int | None) -> list[_Shown]:
+        names = [field.name for field in dataclasses.fields(kind)]
         wanted = select(*(getattr(TaskRow, name) for name in names)).order_by(TaskRow.id).limit(limit)
         with self._catalog.read() as session:
-            rows = session.execute(wanted.where(TaskRow.job_id == job.id, TaskRow.state == "failed")).all()
-        return [FailedTask(**row._mapping) for row in rows]
+            rows = session.execute(wanted.where(TaskRow.job_id == job.id, which)).all()
+        return [kind(**row._mapping) for row in rows]
 
     # workers
 

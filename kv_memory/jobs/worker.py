@@ -127,7 +127,8 @@ def do_one(task: Task, sources: Sources, pipeline: IngestPipeline) -> TaskResult
         return TaskResult(error=error_of(error), elapsed_s=time.perf_counter() - start_s)
     outcome: Outcome = "unchanged" if report.unchanged else "added" if report.added else "replaced"
     work = {field.name: getattr(report, field.name) for field in dataclasses.fields(Work)}
-    return TaskResult(outcome=outcome, elapsed_s=time.perf_counter() - start_s, **work)
+    notes = None if outcome == "unchanged" else read.document.notes or None
+    return TaskResult(outcome=outcome, notes=notes, elapsed_s=time.perf_counter() - start_s, **work)
 
 
 class _Stopped(BaseException):

@@ -68,18 +68,31 @@ class Routing(Protocol):
         """
 
 
+class PackedRow(NamedTuple):
+    """One request in a packed forward pass: the place of its tokens in the sequence, their positions, and its context.
+
+    The positions are `(1, n)`; the context has a cache of its own, with one row.
+    """
+
+    tokens: slice
+    positions: torch.Tensor
+    context: ForwardContext
+
+
 @dataclass
 class ForwardContext:
     """Context of one forward pass of the model, besides its tokens.
 
     Attributes:
         cache: Cache with the positions of the keys; None if the tokens are alone in their sequence.
+        packed: The requests whose tokens follow each other in the sequence; empty for an ordinary pass.
         masks: Masks of this pass, by layer (-1 if shared by all layers) and window; filled on demand.
     """
 
     cache: PositionedCache | None = None
     observer: AttentionObserver | None = None
     routing: Routing | None = None
+    packed: Sequence[PackedRow] = ()
     masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict, repr=False)
 
 
@@ -104,11 +117,35 @@ def attention_forward(
     called without a `PositionedCache`. Shapes: `query` `(batch, num_heads, new, head_dim)`, `key` and `value`
     `(batch, num_kv_heads, seq_len, head_dim)`, `position_ids` of the queries `(1 or batch, new)`.
 
+    In a packed pass, keys and values are those of the new tokens alone. Each request's are appended to its own cache,
+    and its queries attend to that. One call for all requests was rejected: their caches differ in length, in every
+    head, so it would need padding, and copies of all keys at every token.
+
     Returns:
         The output, `(batch, new, num_heads, head_dim)`, and None in place of the attention weights.
     """
     context = kv_memory or ForwardContext()
     kind = AttentionKind(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    if not context.packed:
+        return _attend(module, query, key, value, position_ids, context, kind), None
+    outs = []
+    for tokens, positions, own in context.packed:
+        assert own.cache is not None
+        k, v = own.cache.layers[int(module.layer_idx)].update(key[:, :, tokens], value[:, :, tokens])  # type: ignore[arg-type]
+        outs.append(_attend(module, query[:, :, tokens], k, v, positions, own, kind))
+    return torch.cat(outs, dim=1), None
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    context: ForwardContext,
+    kind: AttentionKind,
+) -> torch.Tensor:
+    """Attention of one pass, or of one request of a packed pass: `(batch, new, num_heads, head_dim)`."""
     # 1. Report queries and keys to the observer.
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if context.observer is not None:
@@ -129,16 +166,16 @@ def attention_forward(
         #    document behind a short prefix takes two thirds of the time.
         query = nn.functional.pad(query, (0, 0, past, 0))  # (batch, num_heads, seq_len, head_dim)
         out, _ = sdpa_attention_forward(module, query, key, value, None, scaling=kind.scaling, is_causal=True)
-        return out[:, past:], None
+        return out[:, past:]
 
     mask = _mask(
         context, layer, position_ids, new, length, kind.window
     )  # (1 or batch, 1 or num_kv_heads, new, seq_len)
     if starts is not None:
         # 3. Heads hold different numbers of entries, with the padding in front: attend head by head.
-        return _attend_by_head(module, query, key, value, mask, bias, starts, kind), None
+        return _attend_by_head(module, query, key, value, mask, bias, starts, kind)
     # 4. Everything else: a mask from positions, with the cache's bias added.
-    return _attend_masked(module, query, key, value, _biased(mask, bias, length, dtype=query.dtype), kind), None
+    return _attend_masked(module, query, key, value, _biased(mask, bias, length, dtype=query.dtype), kind)
 
 
 def _attend_by_head(
@@ -157,6 +194,8 @@ def _attend_by_head(
     padding, was rejected: it took twice the time of caches with equal numbers in every head.
     """
     length, group = key.shape[2], query.shape[1] // key.shape[1]
+    if mask is None and query.shape[2] == 1 and kind.softcap is None and (bias is None or bias.shape[2] >= length):
+        return _decode_by_head(query, key, value, bias, starts, kind)
     outs = []
     for head, start in enumerate(starts):
         own = slice(head, head + 1)
@@ -171,6 +210,32 @@ def _attend_by_head(
         k, v = key[:, own, start:], value[:, own, start:]  # (batch, 1, n_own, head_dim)
         outs.append(_attend_masked(module, queries, k, v, part, kind))
     return torch.cat(outs, dim=2)  # (batch, new, num_heads, head_dim)
+
+
+def _decode_by_head(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    starts: Sequence[int],
+    kind: AttentionKind,
+) -> torch.Tensor:
+    """`_attend_by_head` for one token that sees all entries: the same, with fewer steps.
+
+    With several requests of a few hundred entries, the steps around SDPA took longer than SDPA.
+    """
+    batch, heads, _, dim = query.shape
+    queries = query.reshape(batch, key.shape[1], heads // key.shape[1], dim)
+    bias = None if bias is None else bias[:, :, None, : key.shape[2]].to(query.dtype)
+    outs = []
+    for head, start in enumerate(starts):
+        own = slice(head, head + 1)
+        added = None if bias is None else bias[:, own, :, start:]
+        out = nn.functional.scaled_dot_product_attention(
+            queries[:, own], key[:, own, start:], value[:, own, start:], attn_mask=added, scale=kind.scaling
+        )
+        outs.append(out)
+    return torch.cat(outs, dim=1).view(batch, 1, heads, dim)
 
 
 def _attend_masked(
@@ -248,6 +313,8 @@ def _mask(
 ) -> torch.Tensor | None:
     """Visibility of keys: `(1 or batch, 1 or num_kv_heads, new, at least seq_len)`; None if queries see all keys."""
     cache = context.cache
+    if new == 1 and window is None and cache is not None and cache.without_gaps:
+        return None  # known without looking at the positions, which would stall a GPU
     # Without a window, all entries before the question are visible at any position, so the layers share one mask. If
     # layers differ in length, it is the mask of the longest layer: its end fits all of them.
     if cache is not None and cache.starts is not None and window is None:

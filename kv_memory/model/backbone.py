@@ -20,9 +20,10 @@ from kv_memory.cache.distilled import dtype_from_name, dtype_name
 from kv_memory.cache.fingerprint import FORMATS, Fingerprint
 from kv_memory.config import DtypeName
 from kv_memory.errors import ContextWindowError, ModelError
-from kv_memory.model.attention import ATTENTION, ForwardContext, soft_capped
+from kv_memory.model.attention import ATTENTION, ForwardContext, PackedRow, soft_capped
 from kv_memory.model.embedded import EMBEDDED, built_in, concrete_name
-from kv_memory.model.kv_cache import NEVER, PositionedCache, Prefix
+from kv_memory.model.hot import HotCaches
+from kv_memory.model.kv_cache import NEVER, PackedCache, PositionedCache, Prefix
 from kv_memory.model.loading import best_device, best_dtype, check_device, check_supported, hash_parameters, load_model
 from kv_memory.model.prompts import PromptEncoder, PromptForm, PromptName, choose_form
 from kv_memory.model.rope import Rope
@@ -53,6 +54,7 @@ class Backbone(PromptEncoder):
 
     Attributes:
         kv_bytes_per_token: Size of one token in an uncompressed cache, in bytes.
+        hot: Composed caches that stay in memory; none unless it is given a limit.
 
     Raises:
         UnsupportedModelError: The architecture is not supported; the message names those that are.
@@ -95,6 +97,7 @@ class Backbone(PromptEncoder):
         self.device: torch.device = model.device
         self.kv_bytes_per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         model.set_attn_implementation(ATTENTION)
+        self.hot = HotCaches()
         self._prefix: Prefix | None = None
         self._pid = os.getpid()
 
@@ -323,6 +326,53 @@ class Backbone(PromptEncoder):
         logits: torch.Tensor = out.logits
         return logits if every else logits[torch.arange(len(row_of)), row_of.to(logits.device)]
 
+    def packed_logits(
+        self, rows: Sequence[tuple[Sequence[int], PositionedCache]], *, every: bool = False
+    ) -> torch.Tensor:
+        """`logits` for several requests, each with tokens and a cache of its own, without any padding.
+
+        All tokens make up one packed sequence. Linear layers, whose weights are the larger part of what a decoding
+        step loads, compute them together; attention is computed request by request.
+
+        Args:
+            rows: Token ids and cache of each request; a cache has one row.
+            every: Return the logits after every token, not only after the last of each request.
+
+        Returns:
+            `(len(rows), vocab_size)`, or with `every` `(total number of tokens, vocab_size)`, request after request.
+        """
+        if len(rows) == 1:
+            return self.logits(torch.tensor([rows[0][0]]), rows[0][1], every=every).flatten(0, -2)
+        # Rotary modules have one set of frequencies for the whole sequence: requests that need others go apart.
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, (ids, cache) in enumerate(rows):
+            n_positions = int(cache.next_positions) + len(ids) if self.rope.varies else 0
+            groups.setdefault(self.rope.regime(n_positions), []).append(index)
+        parts = [self._packed([rows[index] for index in group], every=every) for group in groups.values()]
+        if len(parts) == 1:
+            return parts[0]
+        found: dict[int, torch.Tensor] = {}
+        for group, logits in zip(groups.values(), parts, strict=True):
+            found.update(zip(group, logits.split([len(rows[i][0]) if every else 1 for i in group]), strict=True))
+        return torch.cat([found[index] for index in range(len(rows))])
+
+    def _packed(self, rows: Sequence[tuple[Sequence[int], PositionedCache]], *, every: bool) -> torch.Tensor:
+        packed: list[PackedRow] = []
+        end = 0
+        for ids, cache in rows:
+            n, start = len(ids), end
+            end += n
+            packed.append(PackedRow(slice(start, end), self._enter(cache, n), ForwardContext(cache=cache)))
+        positions = torch.cat([row.positions for row in packed], dim=1)  # (1, total)
+        tokens = torch.tensor([[token for ids, _ in rows for token in ids]], device=self.device)
+        keep = 0 if every else torch.tensor([row.tokens.stop - 1 for row in packed], device=self.device)
+        out = self._call(
+            self.model, tokens, positions, PackedCache(), ForwardContext(packed=packed), logits_to_keep=keep
+        )
+        for ids, cache in rows:
+            cache.next_positions = cache.next_positions + len(ids)
+        return out.logits[0]  # type: ignore[no-any-return]
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states from `prefill`: `(..., hidden_size)` to `(..., vocab_size)`."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
@@ -339,10 +389,27 @@ class Backbone(PromptEncoder):
         positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if os.getpid() != self._pid:
-            self._refuse_fork()
         ids = ids.to(self.device)  # (batch, n), or (batch, n, hidden_size)
         n = ids.shape[1]
+        positions = self._enter(cache, n, positions=positions, lengths=lengths)
+        context = context or ForwardContext()
+        context.cache = cache
+        context.masks.clear()  # they depend on the positions: those of an earlier pass are wrong
+        out = self._call(module, ids, positions, cache, context, **kwargs)
+        cache.next_positions = cache.next_positions + (n if lengths is None else lengths.to(self.device))
+        return out
+
+    def _enter(
+        self,
+        cache: PositionedCache,
+        n: int,
+        *,
+        positions: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Record `n` tokens that are about to be prefilled into a cache; their positions, `(batch, n)`."""
+        if os.getpid() != self._pid:
+            self._refuse_fork()
         # 1. Positions continue after each row's last token; with length-dependent frequencies, rotate the keys again.
         if positions is None:
             positions = cache.next_positions[:, None] + torch.arange(n, device=self.device)  # (batch, n)
@@ -351,18 +418,24 @@ class Backbone(PromptEncoder):
         # 2. Record the positions of the new entries; padding gets `NEVER`.
         if lengths is None:
             cache.append_positions(positions)
-            step: torch.Tensor | int = n
         else:
             real = torch.arange(n, device=self.device) < lengths.to(self.device)[:, None]
             cache.append_positions(positions.masked_fill(~real, NEVER))
-            step = lengths.to(self.device)
-        # 3. Run the model. Masks depend on the positions, so those of an earlier pass are dropped.
-        context = context or ForwardContext()
-        context.cache = cache
-        context.masks.clear()
+            cache.appended_padding = True
+        return positions
+
+    def _call(
+        self,
+        module: Any,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Any,
+        context: ForwardContext,
+        **kwargs: Any,
+    ) -> Any:
         inputs = {"inputs_embeds" if ids.is_floating_point() else "input_ids": ids}
         with self.lock:
-            out = module(
+            return module(
                 **inputs,
                 position_ids=positions,
                 use_cache=True,
@@ -370,5 +443,3 @@ class Backbone(PromptEncoder):
                 **{self._cache_arguments[module]: cache},
                 **kwargs,
             )
-        cache.next_positions = cache.next_positions + step
-        return out

@@ -1,6 +1,6 @@
-"""The built-in models: selected by name alone, with weights that are available without a hub.
+"""The models that can be used: the supported architectures, and the built-in models, which need no hub.
 
-This module describes them and their folders; `kv_memory.model.weights` downloads and converts them.
+This module describes them and their folders, without torch; `kv_memory.model.weights` downloads and converts them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,18 @@ from typing import Any, Literal
 from kv_memory.errors import ModelNotFoundError
 
 _log = logging.getLogger(__name__)
+
+# Transformers' model types with attention through its attention interface and "rotate half" positions, all of them
+# proven in tests/model/test_proof.py.
+SUPPORTED = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "phi3": "Phi-3",
+}
 
 
 @dataclass(frozen=True)

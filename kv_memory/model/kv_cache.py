@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kv_memory.errors import CorruptCacheError
@@ -73,6 +73,19 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class PackedCache(Cache):
+    """Stands for the cache in a packed forward pass, where attention appends to the cache of each request."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the new keys and values, and nothing else."""
+        return key_states, value_states
+
+
 class PositionedCache(DynamicCache):
     """Keys and values with rotary embedding, and the position of every entry.
 
@@ -97,6 +110,7 @@ class PositionedCache(DynamicCache):
         n_composed: Number of composed entries, padding included, of the longest layer.
         composed_positions: Positions of the composed entries, in one of the shapes of `positions`.
         appended_positions: `(batch, n_appended)`, positions of the tokens prefilled since.
+        appended_padding: True if there may be padding among these.
     """
 
     layers: list[PreallocatedLayer]  # type: ignore[assignment]
@@ -126,6 +140,38 @@ class PositionedCache(DynamicCache):
         self.n_positions = next_position if n_positions is None else n_positions
         self.next_positions = torch.full((self.n_rows,), next_position, device=keys[0].device)
         self.appended_positions = torch.empty(self.n_rows, 0, dtype=torch.int32, device=keys[0].device)
+        self.appended_padding = False
+
+    @property
+    def without_gaps(self) -> bool:
+        """Whether the next token sees every entry in front of it, but for padding before a head's first entry."""
+        return self.n_rows == 1 and not self.appended_padding and (self.starts is not None or not self.padded)
+
+    def copy(self, *, room: int) -> PositionedCache:
+        """The composed entries in buffers of their own, with room for `room` more; for a cache with one row."""
+        assert self.n_rows == 1 and self.appended_positions.shape[1] == 0
+        buffers = []
+        for index in range(len(self.layers)):
+            keys, values = self.layer(index)
+            length = keys.shape[2]
+            firsts = [0] if self.starts is None else self.starts[index]
+            heads = [slice(None)] if self.starts is None else [slice(head, head + 1) for head in range(len(firsts))]
+            both = [keys.new_empty(1, keys.shape[1], length + room, keys.shape[3]) for _ in range(2)]
+            for old, new in zip((keys, values), both, strict=True):
+                for head, first in zip(heads, firsts, strict=True):  # padding in front is not loaded
+                    new[:, head, first:length] = old[:, head, first:]
+            buffers.append(both)
+        made = PositionedCache(
+            [keys for keys, _ in buffers],
+            [values for _, values in buffers],
+            positions=self.composed_positions,
+            next_position=0,
+            n_positions=self.n_positions,
+            starts=self.starts,
+            bias=self.bias,
+        )
+        made.next_positions = self.next_positions.clone()
+        return made
 
     def append_positions(self, positions: torch.Tensor) -> None:
         """Record the positions of tokens about to be prefilled: `(batch, new)`, `NEVER` for padding."""

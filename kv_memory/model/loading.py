@@ -14,19 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kv_memory.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from kv_memory.model.embedded import BUILT_IN, built_in, cache_folder, prepared_folder
-
-# Transformers' model types with attention through its attention interface and "rotate half" positions, all of them
-# proven in tests/model/test_proof.py.
-SUPPORTED = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3",
-    "phi3": "Phi-3",
-}
+from kv_memory.model.embedded import BUILT_IN, SUPPORTED, built_in, cache_folder, prepared_folder
 
 
 def check_supported(model_type: str, *, where: str) -> None:

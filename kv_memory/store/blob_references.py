@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError, safe_open
 from sqlalchemy import delete, select, true
@@ -69,6 +70,7 @@ class BlobReferences:
         self.blobs = blobs
         self.quarantine_folder = quarantine
         self._hashed: dict[str, tuple[int, int, int]] = {}  # dictionaries are safe among threads
+        self._loaded: WeakValueDictionary[str, DistilledCache] = WeakValueDictionary()
 
     def put_all(self, blobs: Mapping[str, bytes | Path], add_rows: Callable[[Session], Collection[str]]) -> None:
         """Store blobs, then their rows in one transaction.
@@ -166,6 +168,7 @@ class BlobReferences:
                         )
                     identity = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
                     if again or fresh or self._hashed.get(key) != identity:
+                        self._loaded.pop(key, None)  # it may be mapped from a file that was written to
                         if hashlib.file_digest(file, "sha256").hexdigest() != key:
                             self._hashed.pop(key, None)
                             raise CorruptCacheError("the blob's bytes do not match its SHA-256", where=f"blob {key}")
@@ -180,6 +183,22 @@ class BlobReferences:
             except OSError as error:
                 raise_mapped(error, f"blob {key}")
         raise AssertionError("unreachable")
+
+    def load(self, row: CacheRow) -> DistilledCache:
+        """The cache of a row, after a check of its blob: the same object as before as long as that is alive.
+
+        Raises:
+            FileNotFoundError: The file was removed since it was verified.
+            CorruptCacheError: The blob is damaged, or that of something else.
+            FingerprintMismatchError: The blob has another format version.
+        """
+        path = self.verified_path(row.blob_key, row.size_bytes)
+        cache = self._loaded.get(row.blob_key)
+        if cache is None:
+            cache = load_cache(path, row.blob_key)
+        check_identity(row, cache.text_sha256, cache.fingerprint.digest, cache.keep_ratio)
+        # Of two threads that load a blob, both get the first one's object.
+        return self._loaded.setdefault(row.blob_key, cache)
 
     def sound(self, key: str, size_bytes: int | None = None) -> bool:
         """Whether `verified_path` would return."""
@@ -214,31 +233,27 @@ class BlobReferences:
         self.blobs.delete(key)
 
 
-def load_cache(row: CacheRow, path: Path) -> DistilledCache:
-    """Load a cache from its sound blob, and compare the identity that it records with its row.
+def load_cache(path: Path, key: str) -> DistilledCache:
+    """Load a cache from its sound blob.
 
     Raises:
         FileNotFoundError: The file was removed since it was verified.
-        MisfiledError: Blob and row differ, or the blob is not a distilled cache.
+        MisfiledError: The blob is not a distilled cache.
         FingerprintMismatchError: The blob has another format version.
     """
     from kv_memory.cache.distilled import DistilledCache
 
     try:
-        cache = DistilledCache.load(path)
+        return DistilledCache.load(path)
     except CorruptCacheError as error:
         # The bytes have just been verified, so a failed system call is not evidence of damage.
         if isinstance(error.__cause__, OSError) and (ours := store_error(error.__cause__, str(path))) is not None:
             raise ours from error
-        raise MisfiledError(error.what, where=f"blob {row.blob_key}") from error
-    said = cache.text_sha256, cache.fingerprint.digest, cache.keep_ratio
-    if said != (row.text_sha256, row.fingerprint, row.keep_ratio):
-        raise _misfiled(row, said)
-    return cache
+        raise MisfiledError(error.what, where=f"blob {key}") from error
 
 
 def check_header(row: CacheRow, path: Path) -> None:
-    """Do what `load_cache` does with the header of the file alone, and without torch, which takes seconds to import.
+    """Do what `BlobReferences.load` does with the header of the file, and without torch, which takes seconds to import.
 
     Errors are the same, but for `CorruptCacheError` if the file was removed since it was verified.
     """
@@ -246,7 +261,7 @@ def check_header(row: CacheRow, path: Path) -> None:
         with safe_open(path, framework="np") as file:
             header = json.loads(file.metadata()["kv_memory"])
         fingerprint = Fingerprint.from_json(json.dumps(header["fingerprint"]))
-        said = header.get("text_sha256"), fingerprint.digest, header["keep_ratio"]
+        said: tuple[str | None, str, float] = header.get("text_sha256"), fingerprint.digest, header["keep_ratio"]
     except FileNotFoundError:
         raise CorruptCacheError("the blob is missing", where=str(path)) from None
     except OSError as error:
@@ -254,12 +269,17 @@ def check_header(row: CacheRow, path: Path) -> None:
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, CorruptCacheError) as error:
         what = "the catalog row points to a blob that is not a distilled cache"
         raise MisfiledError(what, where=f"blob {row.blob_key}") from error
-    if said != (row.text_sha256, row.fingerprint, row.keep_ratio):
-        raise _misfiled(row, said)
+    check_identity(row, *said)
 
 
-def _misfiled(row: CacheRow, said: tuple[str | None, str, float]) -> MisfiledError:
-    wanted = row.text_sha256, row.fingerprint, row.keep_ratio
-    differs = [ours != theirs for ours, theirs in zip(said, wanted, strict=True)]
-    name = ("text", "fingerprint", "keep_ratio")[differs.index(True)]
-    return MisfiledError(f"the catalog row points to a blob of another {name}", where=f"blob {row.blob_key}")
+def check_identity(row: CacheRow, text_sha256: str | None, fingerprint: str, keep_ratio: float) -> None:
+    """Compare what a blob records with its row.
+
+    Raises:
+        MisfiledError: They differ.
+    """
+    said, wanted = (text_sha256, fingerprint, keep_ratio), (row.text_sha256, row.fingerprint, row.keep_ratio)
+    if said != wanted:
+        differs = [ours != theirs for ours, theirs in zip(said, wanted, strict=True)]
+        name = ("text", "fingerprint", "keep_ratio")[differs.index(True)]
+        raise MisfiledError(f"the catalog row points to a blob of another {name}", where=f"blob {row.blob_key}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from kv_memory.memory import KVMemory
 from kv_memory.model.embedded import BUILT_IN
+from kv_memory.store import Store
 from tests.cli.ran import Ran
 
 Run = Callable[..., Ran]
@@ -38,6 +40,30 @@ def test_add_prints_a_summary_on_stdout_and_progress_on_stderr(kv: Run, quick: l
     assert "1 added, 0 replaced, 0 unchanged, 0 failed" in done.out
     assert "smaller" in done.out and "tokens/s" in done.out
     assert "document 1 of 1: ferry" in done.err
+
+
+def test_add_says_what_it_will_take_and_takes(kv: Run, quick: list[str], tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.md").write_text("".join(f"The ferry to Orvøya leaves pier {n} at 7.40.\n\n" for n in range(9)))
+    (tmp_path / "notes/b.md").write_text("The keeper is Ingrid Falk.\n")
+    told = kv("add", "notes", *quick)
+    assert re.search(r"^\d+ passages of 2 documents to compress, \d+ tokens: about .+ on disk for .+ of text", told.err)
+    assert re.search(r"^Text +\d+ bytes; on disk \d+x that$", told.out, re.M)
+    found = kv("add", "notes", "--store", "other", "--json", *quick).json
+    (plan,) = found["planned"]
+    assert (plan["n_documents"], plan["n_passages"], plan["text_bytes"]) == (
+        2,
+        found["n_passages"],
+        found["text_bytes"],
+    )
+    assert 0 <= plan["cache_bytes"] - found["cache_bytes"] <= 3000 * found["n_passages"]
+    assert found["bytes_per_text_byte"] == pytest.approx(found["cache_bytes"] / found["text_bytes"])
+    with Store.open(tmp_path / "other") as store:
+        caches = store.caches()
+    blobs = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in (tmp_path / "other").rglob("*.val")}
+    assert found["cache_bytes"] == sum(blobs[cache.blob_key].stat().st_size for cache in caches)
+    again = kv("add", "notes", "--store", "other", "--json").json
+    assert again["planned"] == [] and again["bytes_per_text_byte"] is None
 
 
 def test_replaced_bytes_of_stdin_are_noted(kv: Run, quick: list[str]) -> None:
@@ -341,7 +367,8 @@ def test_models_lists_architectures_and_built_in_models(kv: Run) -> None:
     assert found["architectures"]["qwen3"] == "Qwen3"
     assert {model["name"]: model["license"] for model in found["models"]} == dict.fromkeys(BUILT_IN, "Apache-2.0")
     assert {model["state"] for model in found["models"]} <= {"ready", "missing"}
-    assert found["device"] and found["dtype"] in {"bfloat16", "float32"}
+    placed = kv("models", "--device", "--json").json
+    assert placed["device"] and placed["dtype"] in {"bfloat16", "float32"} and not {"device", "dtype"} & found.keys()
     assert "Qwen3" in kv("models").out
 
 

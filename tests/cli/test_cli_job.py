@@ -83,6 +83,27 @@ def test_run_list_show_and_ask(kv: KV, notes: Path, quick: list[str]) -> None:
 
 
 @pytest.mark.slow
+def test_remarks_on_documents_are_events_and_kept_in_the_ledger(kv: KV, notes: Path, quick: list[str]) -> None:
+    (notes / "5.txt").write_bytes("naïve café ".encode() + b"\xe9!")
+    done = kv("job", "run", "notes", "--name", "j", "--json", *quick)
+    told = events(done.out)
+    (noted,) = [event for event in told if event["event"] == "noted"]
+    assert (noted["document_id"], told[-1]["noted"], done.code) == (str(notes / "5.txt"), 1, 0)
+    (note,) = noted["notes"]
+    assert note == "1 invalid byte(s) of utf-8 replaced by U+FFFD"
+    (kept,) = kv("job", "show", "j", "--json").json["noted_documents"]
+    assert (kept["document_id"], kept["notes"]) == (noted["document_id"], [note])
+    assert f"Note: {note} [{noted['document_id']}]" in kv("job", "show", "j").out
+    # Compressed again, it is told of again, to people; unchanged, it is not.
+    again = kv("job", "run", "notes", "--name", "k", "--keep-ratio", "0.5")
+    assert (
+        f"Note: {note} [{noted['document_id']}]" in again.err and "`kv-memory job show k` lists the notes." in again.err
+    )
+    assert "1 document lost something" in again.out
+    assert "Note: " not in kv("job", "run", "notes", "--name", "l").err
+
+
+@pytest.mark.slow
 def test_events_are_one_json_object_per_line(kv: KV, notes: Path, quick: list[str]) -> None:
     done = kv("job", "run", "notes", "--json", *quick)
     assert done.code == 0, done.err
@@ -219,7 +240,9 @@ def test_ctrl_c_leaves_a_resumable_job_and_prints_the_command(
         out, err = ran.communicate(timeout=60)
     assert ran.returncode == 130, err
     last = json.loads(out.splitlines()[-1])
-    assert "`kv-memory job resume j` resumes the job" in last["error"]["next_step"]
+    assert last["error"]["next_step"] == (
+        "2 documents done and stored, 3 to do; `kv-memory job resume j` resumes the job."
+    )
     (job,) = kv("job", "list", "--json").json["jobs"]
     assert (job["state"], job["done"], job["running"], job["pending"]) == ("interrupted", 2, 0, 3)
     done = kv("job", "resume")

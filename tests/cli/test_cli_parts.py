@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from datetime import UTC, datetime
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 
 import kv_memory.cli
 from kv_memory.cli.documents import find_document_id
-from kv_memory.cli.output import plain, printable, reporting
+from kv_memory.cli.output import Name, Output, plain, printable, reporting
 from kv_memory.errors import ConfigError, DocumentNotFoundError, StoreError
 from kv_memory.store import PassageRecord
 
@@ -55,6 +57,33 @@ def test_an_ambiguous_name_lists_the_candidates(given: str, candidates: list[str
 def test_an_unknown_name_is_not_found(given: str) -> None:
     with pytest.raises(DocumentNotFoundError, match="no document matches '"):
         find_document_id(given, IDS)
+
+
+LONG_PATH = "/data/my harbour notes/a-rather-long-name-of-a-note-for-the-harbour-that-fills-a-line.md"
+PROSE = "168 tokens in 3 passages, and other words of a sentence that may be wrapped between any two of them"
+
+
+def table_at(width: int | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lines of a table with a path and a sentence, on a terminal of this width, or in a file."""
+    file = io.StringIO()
+    out = Output(as_json=False)
+    terminal = {} if width is None else {"width": width, "force_terminal": True, "color_system": None}
+    monkeypatch.setattr(out, "_out", Console(file=file, **terminal))
+    out.table(("Document", "Tokens", "About"), [(Name(LONG_PATH), "1,200", PROSE), (Name("b"), "1", "-")])
+    return file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [None, 300, 100, 80, 20])
+def test_tables_break_neither_paths_nor_words(width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = table_at(width, monkeypatch)
+    assert lines[1].startswith(f"{LONG_PATH}   1,200  168") or lines[1].startswith(f"{LONG_PATH}  1,200   168")
+    about = " ".join(line[len(LONG_PATH) + 10 :].strip() for line in lines[1:-1])
+    assert " ".join(about.split()) == PROSE
+    assert (len(lines) == 3) is (width in {None, 300})  # the sentence is wrapped where there is no room
+
+
+def test_tables_in_a_file_have_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(line == line.rstrip() for line in table_at(None, monkeypatch))
 
 
 def test_printable_keeps_text_and_replaces_control_characters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -70,6 +71,53 @@ def test_no_help_loads_a_model_library(python: list[str]) -> None:
     )
     done = subprocess.run([*python, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+# What each prints is tested elsewhere; `{store}` has two documents.
+WITHOUT_A_MODEL = [
+    *(f"{name} --store {{store}}" for name in ("list", "stats", "show ferry", "check", "gc", "budget", "pin ferry")),
+    *("export x.tar --store {store}", "import x.tar --store new", "remove light --store {store}", "models"),
+    *("job list --store {store}", "job show nothing --store {store}", "job resume --store {store}", "db current"),
+    *("ask q --store none", "ask q --collection none", "ask ''", "ask q --top-k x", "chat --store none"),
+    *(
+        "add",
+        "add nothing.md",
+        "add --stale --store none",
+        "add . --keep-ratio 3",
+        "add ''",
+        "add - --id ''",
+        "add . --encoding x",
+    ),
+    *("job run", "job run nothing.md", "job run . --name ''", "job run . --workers 0", "demo --limit 0", "advise ''"),
+    *("advise nothing", "advise . --keep-ratio 3", "advise . --encoding x", "report ''", "train ''", "eval ''"),
+]
+
+
+@pytest.mark.slow
+def test_commands_that_need_no_model_load_no_model_library(python: list[str], store: Path, tmp_path: Path) -> None:
+    """Each in a process of its own, forked from one that has imported the command line only."""
+    script = (
+        "import io, os, shlex, sys\n"
+        "from kv_memory.cli import app\n"
+        f"for line in {WITHOUT_A_MODEL!r}:\n"
+        "    if child := os.fork():\n"
+        "        os.waitpid(child, 0)\n"
+        "        continue\n"
+        "    sys.stdin, sys.stderr = io.StringIO(), io.StringIO()\n"
+        "    stdout, sys.stdout = sys.stdout, io.StringIO()\n"
+        "    try:\n"
+        f"        app(shlex.split(line.format(store={str(store)!r})))\n"
+        "    except SystemExit as end:\n"
+        "        found = {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+        "        print(line, '->', end.code, *found, file=stdout, flush=True)\n"
+        "    os._exit(0)"
+    )
+    done = subprocess.run([*python, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ended = dict(line.rsplit(" -> ", 1) for line in done.stdout.splitlines())
+    assert list(ended) == WITHOUT_A_MODEL
+    assert {line: end for line, end in ended.items() if end not in {"0", "1", "2"}} == {}
+    assert {line for line, code in ended.items() if "''" in line and code != "2"} == set()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +189,7 @@ def test_ctrl_c_during_add_keeps_documents_and_the_next_run_resumes(
         (notes / f"{number:03}.txt").write_text(f"Pier {number} has a ferry. " * 12)
     with process("add", "notes", *quick, cwd=tmp_path) as ran:
         assert ran.stderr
+        assert "passages of 80 documents to compress" in ran.stderr.readline()
         assert "tokens/s" in ran.stderr.readline()  # the first passage is compressed
         time.sleep(0.4)
         ran.send_signal(signal.SIGINT)
@@ -148,7 +197,9 @@ def test_ctrl_c_during_add_keeps_documents_and_the_next_run_resumes(
     assert ran.returncode == 130, err
     last = err.strip().splitlines()[-1]
     assert last.startswith("Stopped. ") and last.endswith("stored; run the same command to resume.")
-    n_stored = int(last.split()[1])
+    n_stored, n_passages = map(int, re.findall(r"(\d+) (?:documents?|passages?)", last))
     assert n_stored < 80
+    assert kv("stats", "--json").json["n_caches"] == n_passages  # also those of the document that was not finished
     report = kv("add", "notes", *quick, "--json").json
+    assert report["n_passages"] == kv("stats", "--json").json["n_caches"] - n_passages
     assert len(report["unchanged"]) == n_stored and len(report["added"]) == 80 - n_stored

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kv_memory.config import seconds_of, size_of
 from kv_memory.errors import ConfigError
+from kv_memory.store.sql.schema import SCHEMA_HEAD
 from tests.cli.conftest import FERRY, LIGHT
 from tests.cli.ran import Ran
 
@@ -33,8 +34,8 @@ def test_a_shared_store_from_init_to_answer(
     assert joined.code == 0 and "has 1 documents" in joined.out
     asked = kv("ask", "When does the ferry leave?", "--store", "other-machine", "--max-new-tokens", "4", "--json")
     assert asked.code == 0 and asked.json["n_cached_tokens"] > 0
-    assert kv("db", "current", "--store", "team", "--json").json["revision"] == "0001"
-    assert "Already 0001" in kv("db", "upgrade", "--store", "team").out
+    assert kv("db", "current", "--store", "team", "--json").json["revision"] == SCHEMA_HEAD
+    assert f"Already {SCHEMA_HEAD}" in kv("db", "upgrade", "--store", "team").out
 
 
 def test_db_commands_fail_without_a_store(kv: Kv) -> None:

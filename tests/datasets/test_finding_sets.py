@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from kv_memory.datasets import DATASETS, read_examples
@@ -44,6 +45,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
     module = ModuleType("datasets")
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     return content
@@ -111,6 +113,22 @@ def test_library_errors_become_dataset_errors(hub: dict[tuple[str, str], Any]) -
     hub["me/mine", "train"] = broken()
     with pytest.raises(DatasetError, match="connection reset"):
         list(read_examples("hf:me/mine"))
+
+
+def test_without_a_network_the_hub_is_asked_once(
+    hub: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def unreachable(_: object, hub_id: str, *, timeout: float) -> None:
+        asked.append(hub_id)
+        raise ConnectionError("no route to host")
+
+    hub["me/mine", "train"] = FLAT
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    with pytest.raises(DatasetError, match=r"the hub cannot be reached \[hf:me/mine\]. Check the connection"):
+        list(read_examples("hf:me/mine"))
+    assert asked == ["me/mine"]
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])

@@ -72,8 +72,11 @@ def test_a_few_invalid_bytes_are_replaced_and_noted(raw, encoding, text):
 @pytest.mark.parametrize(
     ("page", "text"),
     [
-        (b"<meta charset=utf-8><p>plain words \xff here", "plain words \ufffd here"),
-        (b"<meta charset=gb2312><p>\x80 \xd6\xd0", "\ufffd 中"),  # browsers show a euro sign, which Python's GBK lacks
+        (b"<meta charset=utf-8><p>" + b"plain " * 20 + b"words \xff here", "plain words \ufffd here"),
+        (
+            b"<meta charset=gb2312><p>" + b"plain " * 20 + b"\x80 \xd6\xd0",
+            "\ufffd 中",
+        ),  # browsers show a euro sign, which Python's GBK lacks
         (b'<?xml version="1.0" encoding="euc-jp"?><p>' + b"word " * 100 + b"\x8f \xff", "word \ufffd \ufffd"),
     ],
 )

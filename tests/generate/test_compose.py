@@ -206,9 +206,10 @@ def test_too_many_positions_are_refused_before_any_work() -> None:
     with recorded_inputs(backbone) as inputs:
         with pytest.raises(ContextWindowError) as caught:
             Generator(backbone).generate("why?", caches)
-        for call in (Generator(backbone).stream, Generator(backbone).start):
-            with pytest.raises(ContextWindowError):
-                call("why?", caches)
+        with pytest.raises(ContextWindowError):
+            Generator(backbone).stream("why?", caches)
+        with pytest.raises(ContextWindowError):
+            Generator(backbone).generate_batch(["why?"], caches)
     assert inputs == []
     assert "13 documents" in caught.value.what and "512" in caught.value.what
     assert caught.value.next_step is not None and "packed" in caught.value.next_step

@@ -132,10 +132,7 @@ def test_a_document_as_text_equals_its_uncompressed_cache(backbone: Any, generat
     text = letters(40, seed=3)
     cache = Compressor(backbone, selector="sink_recent").compress(text, keep_ratio=1.0)
     expected = generator.generate("why?", [cache], settings=DecodeSettings(max_new_tokens=10))
-    run = generator.start(["why?"], texts=[text], settings=DecodeSettings(max_new_tokens=10))
-    for _ in run.steps():
-        pass
-    (answer,) = run.results()
+    answer = generator.stream("why?", texts=[text], settings=DecodeSettings(max_new_tokens=10)).answer
     assert answer.token_ids == expected.token_ids
     assert (answer.n_cached_tokens, answer.n_prompt_tokens) == (11, expected.n_prompt_tokens + 46)
 

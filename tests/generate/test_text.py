@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_memory.generate.answer import TextStream
+from kv_memory.generate.text_stream import TextStream
 from tests.conftest import make_tokenizer
 
 TOKENIZER = make_tokenizer()

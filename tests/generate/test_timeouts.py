@@ -8,7 +8,7 @@ import pytest
 
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, DecodeTimeoutError, KVMemoryError
-from kv_memory.generate import Generator, generator
+from kv_memory.generate import Generator, generator, request
 from tests.reference import recorded_inputs
 
 FREE = DecodeSettings(max_new_tokens=30)
@@ -29,7 +29,8 @@ def passes_take(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         nonlocal step_s
         step_s = seconds
 
-    monkeypatch.setattr(generator, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    for module in (generator, request):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now_s))
     handle = backbone.decoder.register_forward_pre_hook(tick)
     yield take
     handle.remove()

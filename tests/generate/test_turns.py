@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError
-from kv_memory.generate import Generator, Run, Turn, encode_chat, encode_text_prompt, encode_turns
+from kv_memory.generate import Generator, Turn, encode_chat, encode_text_prompt, encode_turns
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import DEFAULT_SYSTEM_PROMPT, PASSAGE, PromptForm
 from tests.conftest import SHORT_FORM, make_model, make_tokenizer
@@ -189,9 +189,7 @@ def test_a_prompt_that_starts_with_the_prefix_reuses_it(form: str) -> None:
     plain = Compressor(backbone, selector="sink_recent").compress(DOCUMENT, keep_ratio=1.0)
     settings = DecodeSettings(max_new_tokens=8)
     expected = Generator(backbone).generate("Why?", [plain], settings=settings)
-    run = Run(backbone, [prompt], (), "source", settings)
-    list(run.steps())
-    (found,) = run.results()
+    found = Generator(backbone).reply(prompt, settings=settings).answer
     assert found.token_ids == expected.token_ids
     assert found.n_cached_tokens == len(backbone.prefix_ids)
 

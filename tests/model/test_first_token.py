@@ -10,7 +10,7 @@ import torch
 
 from kv_memory.compress import Compressor
 from kv_memory.config import DecodeSettings
-from kv_memory.generate import Generator, Run, Turn, encode_turns
+from kv_memory.generate import Generator, Turn, encode_turns
 from kv_memory.generate.turns import Prompt
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken, first_visible, is_visible
@@ -145,10 +145,7 @@ def test_no_answer_is_empty(blank: Backbone, options: dict[str, Any]) -> None:
     batch = generator.generate_batch(["why?", "who was that then?"], [cache], settings=settings)
     assert batch[0].token_ids == one.token_ids and is_visible(batch[1].text)
     assert "".join(generator.stream("why?", [cache], settings=settings)) == one.text
-    run = generator.start(["why?"], texts=[letters(30)], settings=settings)
-    for _ in run.steps():
-        pass
-    assert run.results()[0].token_ids == one.token_ids
+    assert generator.stream("why?", texts=[letters(30)], settings=settings).answer.token_ids == one.token_ids
 
 
 def test_answers_to_turns_and_raw_prompts_begin_visibly(blank: Backbone) -> None:
@@ -156,10 +153,7 @@ def test_answers_to_turns_and_raw_prompts_begin_visibly(blank: Backbone) -> None
         encode_turns(blank, [Turn("user", "why?")]),
         Prompt(blank.encode("Once upon a time\n"), behind_prefix=False),
     ):
-        run = Run(blank, [prompt], (), "source", SETTINGS)
-        for _ in run.steps():
-            pass
-        assert is_visible(run.results()[0].text)
+        assert is_visible(Generator(blank).reply(prompt, settings=SETTINGS).answer.text)
 
 
 def test_constrained_json_is_valid_from_the_first_token(blank: Backbone) -> None:

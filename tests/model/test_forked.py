@@ -80,3 +80,62 @@ def test_a_hub_that_cannot_be_reached_is_asked_once() -> None:
     assert done.stdout.splitlines() == ["no such model here, and the hub cannot be reached"]
     assert "Retry" not in done.stderr
     assert time.perf_counter() - started < 60  # the retries alone would take 24 s for each file
+
+
+STREAM = """
+import os, signal, sys, threading, time
+import torch
+from kv_memory import DecodeSettings
+from kv_memory.generate import Generator
+from tests.memories import wide_backbone
+
+torch.set_num_threads(1)
+backbone = wide_backbone()
+generator = Generator(backbone)
+settings = DecodeSettings(max_new_tokens=40, temperature=1.0, seed=7)
+expected = generator.generate("why?", settings=settings).text
+stream, other = generator.stream("why?", settings=settings), generator.stream("who?", settings=settings)
+pieces = [next(stream)]
+if os.fork() == 0:
+    signal.alarm(60)  # a child that hangs is killed
+    print("".join([*pieces, *stream]) == expected, generator.generate("why?", settings=settings).text == expected)
+    sys.stdout.flush()
+    os._exit(0)
+os.wait()
+print("".join([*pieces, *stream]) == expected, other.answer.n_new_tokens, flush=True)
+"""
+
+
+def test_answers_go_on_in_parent_and_child_after_a_fork() -> None:
+    done = subprocess.run([sys.executable, "-c", STREAM], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.splitlines() == ["True True", "True 40"]
+
+
+HELD = """
+import os, signal, sys, threading, time
+import torch
+from kv_memory import DecodeSettings, KVMemoryError
+from kv_memory.generate import Generator
+from tests.memories import wide_backbone
+
+torch.set_num_threads(1)
+backbone = wide_backbone()
+generator = Generator(backbone)
+mine = generator.stream("why?")
+generator.scheduler._lock.acquire()  # as another thread may do at the moment of the fork
+generator.scheduler._step = [(mine._request, [1])]  # in the middle of a step
+if os.fork() == 0:
+    signal.alarm(60)
+    try:
+        next(mine)
+    except KVMemoryError as error:
+        print(error.what)
+    print(generator.generate("who?", settings=DecodeSettings(max_new_tokens=3)).n_new_tokens, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_fork_in_the_middle_of_a_step_does_not_hang_the_child() -> None:
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.splitlines() == ["the process was forked during a forward pass", "3"]

@@ -12,7 +12,8 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from kv_memory.errors import KVMemoryError, ModelNotFoundError, UnsupportedModelError
 from kv_memory.model.backbone import Backbone
-from kv_memory.model.loading import SUPPORTED, best_dtype, hash_weight_files
+from kv_memory.model.embedded import SUPPORTED
+from kv_memory.model.loading import best_dtype, hash_weight_files
 from tests.conftest import ARCHITECTURES, make_model, make_tokenizer
 
 

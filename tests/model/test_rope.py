@@ -126,8 +126,7 @@ def test_every_head_can_have_its_own_positions(case: Case) -> None:
 def test_keys_of_other_types_are_rotated_in_float32(case: Case) -> None:
     rope, positions = case.rope, some_positions(case)
     keys = random_keys(case).bfloat16()
-    out = torch.empty(LAYERS, HEADS, N, case.head_dim)
-    rope.rotate(keys, positions, n_positions=case.n_positions, out=out)
+    out = rope.rotate(keys, positions, n_positions=case.n_positions, dtype=torch.float32)
     assert torch.equal(out, rope.rotate(keys.float(), positions, n_positions=case.n_positions))
     assert torch.equal(rope.rotate(keys, positions, n_positions=case.n_positions), out.bfloat16())
     assert rope.unrotate(keys, positions, n_positions=case.n_positions).dtype == torch.float32
