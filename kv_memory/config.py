@@ -13,12 +13,27 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from kv_memory.errors import ConfigError
 
 Layout = Literal["source", "packed"]
+PassageOrder = Literal["best_last", "best_first"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+WeightsName = Literal["plain", "int8"]
 # The type of keys and values in a file; `auto` is the type the model computes in.
 StorageName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 # How a document's entries are divided among the heads. `head`: the same number in every layer and KV head. `model`: one
 # ranking over all heads, so that a head may keep many entries or none (as in KVzip); the total is the same.
 Budget = Literal["head", "model"]
+# How passages are found: by words, by vectors of an encoder, or by both together.
+RetrieverName = Literal["bm25", "hybrid", "embedding"]
+# ISO 639 codes of the languages with stems, and the names of their Snowball stemmers.
+# fmt: off
+LANGUAGES = {
+    "ar": "arabic", "ca": "catalan", "cs": "czech", "da": "danish", "de": "german", "el": "greek", "en": "english",
+    "eo": "esperanto", "es": "spanish", "et": "estonian", "eu": "basque", "fa": "persian", "fi": "finnish",
+    "fr": "french", "ga": "irish", "hi": "hindi", "hu": "hungarian", "hy": "armenian", "id": "indonesian",
+    "it": "italian", "lt": "lithuanian", "ne": "nepali", "nl": "dutch", "no": "norwegian", "pl": "polish",
+    "pt": "portuguese", "ro": "romanian", "ru": "russian", "sr": "serbian", "st": "sesotho", "sv": "swedish",
+    "ta": "tamil", "tr": "turkish", "yi": "yiddish"
+}
+# fmt: on
 # `combined`: an adapter's scorer and the scores of `matched` together. The others work without an adapter.
 SelectorName = Literal["matched", "reconstruction", "attention", "sink_recent", "combined"]
 
@@ -53,6 +68,21 @@ def ratio_of(text: str) -> float:
             next_step="Pass for example 0.125 or 1/8.",
         ) from None
     return check_keep_ratio(value)
+
+
+def check_rank_bias(bias: float) -> float:
+    """Return `bias` if it is a finite number, 0 or less.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -math.inf < bias <= 0:
+        raise ConfigError(
+            f"rank_bias must be a number, 0 or less, got {bias!r}",
+            where="rank_bias",
+            next_step="Pass for example -1, or 0 to treat all passages alike.",
+        )
+    return bias
 
 
 _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -17,6 +17,7 @@ KVMemoryError
 │   ├── CacheNotFoundError       no distilled cache for this text and setting (also a KeyError)
 │   ├── CorruptCacheError        bytes that differ from those written; quarantined, never decoded
 │   └── FingerprintMismatchError a cache made by another model, adapter, prompt or format
+├── EncoderError                 an encoder that is not given or fails, or passages without a vector of it
 ├── DecodeTimeoutError           an answer that exceeded its time limit (also a TimeoutError)
 ├── DecodeFailedError            an answer that was being decoded together with others when that failed
 ├── QueueFullError               more requests than the queue in front of the model admits
@@ -120,6 +121,10 @@ class CorruptCacheError(CacheError):
 
 class FingerprintMismatchError(CacheError):
     """The cache was made by another model, adapter, prompt or format."""
+
+
+class EncoderError(KVMemoryError):
+    """The encoder of the retriever is not given or fails, or passages have no vector of it."""
 
 
 class DecodeTimeoutError(KVMemoryError, TimeoutError):

@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 from kv_memory.compress import Adapter, Compressor, RefineSettings
-from kv_memory.config import DtypeName
+from kv_memory.config import DtypeName, WeightsName
 from kv_memory.errors import ConfigError, CorruptCacheError, StoreFullError
 from kv_memory.generate.scheduler import MAX_BATCH, MAX_QUEUE, Scheduler
 from kv_memory.model.backbone import Backbone
@@ -27,6 +27,7 @@ class LazyCompressor:
         settings: Settings that name model, adapter and selector.
         dtype: Type of the model's weights and caches.
         device: Device of the model.
+        weights: Weights of questions and answers, see `Backbone.load`.
         backbone: The model, if it is loaded already.
         prompt_form: Prompt form, instead of the one that the settings name.
         max_batch: See `Scheduler`.
@@ -46,6 +47,7 @@ class LazyCompressor:
         *,
         dtype: DtypeName = "auto",
         device: str = "auto",
+        weights: WeightsName = "plain",
         backbone: Backbone | None = None,
         prompt_form: PromptForm | None = None,
         max_batch: int = MAX_BATCH,
@@ -53,7 +55,7 @@ class LazyCompressor:
         hot_size_bytes: int | None = None,
     ) -> None:
         self._settings = settings
-        self._place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._place: dict[str, Any] = {"dtype": dtype, "device": device, "weights": weights}
         self.scheduler = Scheduler(max_batch=max_batch, max_queue=max_queue)
         self._backbone = backbone
         self._prompt = prompt_form or settings.prompt

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from concurrent.futures import Executor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, Unpack
 from weakref import WeakValueDictionary
 
 from kv_memory.compress import Compressor
-from kv_memory.config import DecodeSettings, DtypeName, check_names
+from kv_memory.config import DecodeSettings, DtypeName, WeightsName, check_choice, check_names
 from kv_memory.documents import DocumentLike, read_documents
 from kv_memory.documents.loaders import file_id
 from kv_memory.errors import CacheNotFoundError
@@ -26,18 +26,20 @@ from kv_memory.lazy_compressor import LazyCompressor
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.prompts import PromptForm
 from kv_memory.query import Reader
-from kv_memory.retrieval.bm25 import CollectionIndex, Hit
+from kv_memory.retrieval.encoder import Encoder, as_encoder
+from kv_memory.retrieval.filters import Filter
+from kv_memory.retrieval.minilm import built_in_encoder
+from kv_memory.retrieval.retriever import Hit, RetrieveOptions, Retriever
 from kv_memory.settings import KEEP_NAMES, MemorySettings
 from kv_memory.store import CheckReport, DocumentRecord, DocumentSummary, GcReport, Store, StoreStats
 
 
-class AskOptions(TypedDict, total=False):
-    """Options of a question: the number of passages (see `KVMemory.retrieve`), decoding, and the passages' form.
+class AskOptions(RetrieveOptions, total=False):
+    """Options of a question: which passages (see `RetrieveOptions`), decoding, and the passages' form.
 
     `read_from="caches"` keeps the text out of the prompt; `text` puts it there, as in plain RAG, for comparison.
     """
 
-    top_k: int | None
     settings: DecodeSettings | None
     read_from: ReadFrom
 
@@ -55,11 +57,14 @@ class KVMemory:
         ```
     """
 
-    def __init__(self, store: Store, settings: MemorySettings, model: LazyCompressor) -> None:
+    def __init__(
+        self, store: Store, settings: MemorySettings, model: LazyCompressor, encoder: Encoder | None = None
+    ) -> None:
         self.store = store
         self.settings = settings
         self._model = model
-        self._index = CollectionIndex(store)
+        self._encoder = encoder
+        self._retriever = Retriever(store)
         # Other collections: those in use, and the latest, whose search index the next request is likely to need.
         self._others: WeakValueDictionary[tuple[str, MemorySettings], KVMemory] = WeakValueDictionary()
         self._latest: deque[KVMemory] = deque(maxlen=64)
@@ -74,6 +79,7 @@ class KVMemory:
         *,
         dtype: DtypeName = "auto",
         device: str = "auto",
+        weights: WeightsName = "plain",
         max_batch: int = MAX_BATCH,
         max_queue: int = MAX_QUEUE,
         collection: str = "default",
@@ -95,6 +101,8 @@ class KVMemory:
             settings: All settings, instead of the recorded ones.
             dtype: Type of the model's weights and caches; `auto` takes bfloat16 where that is fast.
             device: Device of the model: `auto`, `cpu`, `cuda`, ...
+            weights: `int8` answers about twice as fast on a CPU, see `Backbone.load`. It is not recorded:
+                caches are the same with either.
             max_batch: Largest number of questions, of all threads and tasks, decoded together.
             max_queue: Largest number of further questions that wait; one more raises `QueueFullError`.
             collection: Name of the collection. Tenants are collections; a lookup never leaves its own.
@@ -107,7 +115,9 @@ class KVMemory:
             load_model: True to load the model now, so that its errors are raised here. False loads it at first use;
                 listing, checking and removing need no model.
             changes: Single settings by name, e.g. `keep_ratio=1/8`; see `MemorySettings.resolve`. `model` may also be a
-                `Backbone`, and `prompt` a `PromptForm`, unless a `Backbone` brings its own.
+                `Backbone`, and `prompt` a `PromptForm`, unless a `Backbone` brings its own. `encoder` may be any object
+                that `kv_memory.retrieval.encoder.as_encoder` takes, such as an embedding of LlamaIndex or LangChain;
+                its name is recorded, so pass it again to add documents or to retrieve by it.
 
         Raises:
             ConfigError: A name is unknown, a setting is out of range, or two settings exclude each other; `keep_tokens`
@@ -118,13 +128,18 @@ class KVMemory:
         """
         check_names(changes, {*MemorySettings.__dataclass_fields__, *(cls.open.__kwdefaults__ or ())})
         given = {} if settings is None else dataclasses.asdict(settings)
-        load: dict[str, Any] = {"dtype": dtype, "device": device, "max_batch": max_batch, "max_queue": max_queue}
-        load["hot_size_bytes"] = hot_size_bytes
+        check_choice(weights, WeightsName, where="weights")
+        load: dict[str, Any] = {"dtype": dtype, "device": device, "weights": weights}
+        load |= {"max_batch": max_batch, "max_queue": max_queue, "hot_size_bytes": hot_size_bytes}
         if isinstance(changes.get("model"), Backbone):
             load["backbone"] = changes["model"]
             changes["model"] = changes["model"].name
         if isinstance(changes.get("prompt"), PromptForm):
             load["prompt_form"] = changes.pop("prompt")
+        encoder = None
+        if not isinstance(changes.get("encoder"), str | None):
+            encoder = as_encoder(changes["encoder"])
+            changes["encoder"] = encoder.name
         model = None
         if load_model and create and not Path(path).exists():
             # Load first: a faulty model or adapter must not leave an empty store behind.
@@ -135,7 +150,7 @@ class KVMemory:
         store = Store.open(path, collection=collection, create=create, **place)
         try:
             resolved = MemorySettings.resolve(given or store.settings(), **changes)
-            memory = cls(store, resolved, model or LazyCompressor(resolved, **load))
+            memory = cls(store, resolved, model or LazyCompressor(resolved, **load), encoder)
             if load_model:
                 memory.load()
             return memory
@@ -167,7 +182,7 @@ class KVMemory:
         with self._lock:
             found = self._others.get((name, settings))
             if found is None:
-                found = KVMemory(self.store.in_collection(name), settings, self._model)
+                found = KVMemory(self.store.in_collection(name), settings, self._model, self._encoder)
                 self._others[name, settings] = found
             self._latest.append(found)
             return found
@@ -181,6 +196,7 @@ class KVMemory:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also in another process, open the same store with the same settings; each loads the model itself."""
         options = {**self._model.options, "collection": self.collection, "create": False, "load_model": False}
+        options |= {} if self._encoder is None else {"encoder": self._encoder}
         return partial(KVMemory.open, self.path, self.settings, **options), ()
 
     def __enter__(self) -> Self:
@@ -208,6 +224,19 @@ class KVMemory:
     def compressor(self) -> Compressor:
         """The compressor with its adapter, loaded on first use."""
         return self._model.load(self.store)
+
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """The encoder that the settings name, or None.
+
+        Raises:
+            EncoderError: It is an object that was not passed to `open`.
+            ModelNotFoundError: The built-in encoder is not prepared.
+        """
+        name = self.settings.encoder
+        if name is None or (self._encoder is not None and self._encoder.name == name):
+            return None if name is None else self._encoder
+        return built_in_encoder(name)
 
     # -- documents -----------------------------------------------------------------------------------------------
 
@@ -275,7 +304,7 @@ class KVMemory:
     def refresh(
         self, *, encoding: str = "utf-8", on_progress: Callable[[AddProgress], None] | None = None
     ) -> AddReport:
-        """Compress every stored passage that has no cache under the current settings.
+        """Make the caches and vectors that stored passages lack under the current settings.
 
         The text comes from the store or, if it is not kept there, from the document's file. Documents whose file is
         gone or has changed, and documents without a text that are not files, are listed in the report's `errors` and
@@ -297,6 +326,7 @@ class KVMemory:
         """
         options: dict[str, Any] = {"on_plan": on_plan, "on_progress": on_progress}
         options |= {"keep_text": keep_text, "writer": writer}
+        options["encoder"] = self.encoder
         return IngestPipeline(self.store, self.compressor, self.settings, **options)
 
     def remove(self, document_id: str | Path) -> None:
@@ -334,14 +364,31 @@ class KVMemory:
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    def retrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
-        """The passages that match a question best, by BM25.
+    def retrieve(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        document_ids: Collection[str] | None = None,
+        filter: Filter | None = None,
+        min_score: float | None = None,
+    ) -> list[Hit]:
+        """The passages that match a question best, by the retriever of the settings; arguments as in `RetrieveOptions`.
 
-        Args:
-            question: Any text.
-            top_k: Largest number of passages; None means 1 for `smollm2` and 3 for other models.
+        Raises:
+            DocumentNotFoundError: The collection has no document with one of the ids.
+            ConfigError: An option is malformed, or no document has metadata of a name in the filter.
+            EncoderError: The encoder is not given or fails, or passages have no vector of it.
         """
-        return self._index.retrieve(question, top_k=self.settings.top_k if top_k is None else top_k)
+        return self._retriever.retrieve(
+            question,
+            top_k=self.settings.top_k if top_k is None else top_k,
+            retriever=self.settings.retriever,
+            encoder=None if self.settings.retriever == "bm25" else self.encoder,
+            document_ids=document_ids,
+            filter=filter,
+            min_score=min_score,
+        )
 
     def ask(self, question: str, **options: Unpack[AskOptions]) -> Answer:
         """Answer a question from the passages that match it.
@@ -351,6 +398,9 @@ class KVMemory:
             options: See `AskOptions`.
 
         Raises:
+            DocumentNotFoundError: The collection has no document with one of the ids.
+            ConfigError: An option is malformed, or no document has metadata of a name in the filter.
+            EncoderError: The encoder is not given or fails, or passages have no vector of it.
             CacheNotFoundError: A passage has no cache under the current model, adapter and prompt.
             FingerprintMismatchError: A cache was made by another model, adapter or prompt.
             CorruptCacheError: A cache is damaged, and the text that would replace it is not kept.
@@ -375,27 +425,27 @@ class KVMemory:
         self,
         question: str,
         *,
-        top_k: int | None = None,
         settings: DecodeSettings | None = None,
         read_from: ReadFrom = "caches",
+        **passages: Unpack[RetrieveOptions],
     ) -> AnswerStream:
         """`ask`, piece by piece.
 
         Iterate for the text, then read `.answer`. Arguments and errors as in `ask`.
         """
-        return self._stream(question, {"top_k": top_k, "settings": settings, "read_from": read_from})
+        return self._stream(question, {"settings": settings, "read_from": read_from, **passages})
 
     def _stream(self, question: str, options: AskOptions, *, called_s: float | None = None) -> AnswerStream:
         """`stream`; `called_s` is `time.perf_counter()` at the call, if that was earlier, in another thread."""
         waited_s = 0.0 if called_s is None else time.perf_counter() - called_s
-        top_k, settings = options.get("top_k"), options.get("settings")
-        hits = self.retrieve(question, top_k=top_k)
-        reply: dict[str, Any] = {"settings": settings, "read_from": options.get("read_from", "caches")}
+        passages: dict[str, Any] = dict(options)
+        reply = {"settings": passages.pop("settings", None), "read_from": passages.pop("read_from", "caches")}
+        hits = self.retrieve(question, **passages)
         reply["start_s"] = time.perf_counter() - waited_s  # without retrieval
         try:
             return self.reader.answer(question, hits, **reply)
         except CacheNotFoundError:  # a document may have been replaced since it was found
-            if hits == (hits := self.retrieve(question, top_k=top_k)):
+            if hits == (hits := self.retrieve(question, **passages)):
                 raise
             return self.reader.answer(question, hits, **reply)
 

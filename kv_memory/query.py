@@ -25,8 +25,9 @@ from kv_memory.generate import (
     encode_chat,
     encode_text_prompt,
     encode_turns,
+    place_ranked,
 )
-from kv_memory.retrieval.bm25 import Hit
+from kv_memory.retrieval.retriever import Hit
 from kv_memory.settings import MemorySettings
 from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span
@@ -162,9 +163,11 @@ class Reader:
             return AnswerStream(self._generator.scheduler, None, nothing)
         # No texts: a missing cache is an error here, and for a damaged one the text is taken from the store.
         references = [Reference(key=hit.text_sha256) for hit in hits] if read_from == "caches" else ()
-        texts = _texts(hits) if read_from == "text" else ()
+        texts = texts_of(hits) if read_from == "text" else ()
         turns = [Turn("user", question)]
-        return self.reply(turns, references, texts=texts, settings=settings, so_far=so_far, start_s=start_s)
+        return self.reply(
+            turns, references, ranked=True, texts=texts, settings=settings, so_far=so_far, start_s=start_s
+        )
 
     def answer_batch(
         self, questions: Sequence[str], document: DocumentRecord, *, settings: DecodeSettings | None = None
@@ -188,6 +191,7 @@ class Reader:
         turns: Sequence[Turn],
         references: Sequence[Reference] = (),
         *,
+        ranked: bool = False,
         texts: Sequence[str] = (),
         settings: DecodeSettings | None = None,
         so_far: Answer | None = None,
@@ -198,6 +202,7 @@ class Reader:
         Args:
             turns: The conversation; its last turn is the user's.
             references: Caches to place before the conversation, in this order.
+            ranked: True if the references are best first; they are then placed by the settings `order` and `rank_bias`.
             texts: Documents to prefill as text after the caches.
             settings: Decoding settings.
             so_far: Answer as far as it is known: its question, its sources.
@@ -218,6 +223,8 @@ class Reader:
         prompt = encode_turns(backbone, turns)
         documents = [token for text in texts for token in backbone.encode_document(text)]
         caches, so_far = self._load(references, so_far or Answer())
+        if ranked:  # not before loading, whose errors name the best passage
+            caches = place_ranked(caches, order=self._settings.order, rank_bias=self._settings.rank_bias)
         whole = Prompt([*documents, *prompt.ids], behind_prefix=True)
         return self._generator.reply(whole, caches, settings=settings, so_far=so_far, start_s=start_s)
 
@@ -271,7 +278,8 @@ class Reader:
                 store.put(key, again, storage=self._settings.storage)
 
 
-def _texts(hits: Sequence[Hit]) -> list[str]:
+def texts_of(hits: Sequence[Hit]) -> list[str]:
+    """The texts of passages; a `TextNotKeptError` if one is not kept."""
     lacking = next((hit for hit in hits if hit.text is None), None)
     if lacking is not None:
         raise TextNotKeptError(

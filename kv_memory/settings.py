@@ -12,12 +12,16 @@ from typing import Any, Literal
 
 from kv_memory.cache.keep import Keep
 from kv_memory.config import (
+    LANGUAGES,
     Layout,
+    PassageOrder,
+    RetrieverName,
     SelectorName,
     StorageName,
     check_choices,
     check_fields,
     check_names,
+    check_rank_bias,
     ratio_of,
     size_of,
 )
@@ -25,8 +29,10 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.embedded import BUILT_IN, DEFAULTS, EMBEDDED, SHIPPED, built_in, concrete_name, recorded_settings
 from kv_memory.model.prompts import PromptName
 
-NO_ADAPTER = "none"  # the name a caller passes for "no adapter"
+NO_ADAPTER = NO_ENCODER = "none"  # the name a caller passes for "no adapter" and "no encoder"
 KEEP_NAMES = ("keep_ratio", "keep_tokens", "max_bytes")  # settings of which one replaces the others
+# Among several passages, these lose more answers than the second and third passage add: docs/fidelity.md.
+_ONE_PASSAGE = {"smollm2", "qwen-0.5b"}
 _REFINE_STEPS = 48  # if only min_fidelity is given
 # A model of 135M parameters loses the thread in long passages. int8 costs it less than half a point of F1 at 1/4, 1/8
 # and 1/16: docs/fidelity.md.
@@ -80,6 +86,9 @@ class MemorySettings:
         chat_options: Variables of the model's chat template, e.g. `enable_thinking=true,reasoning_effort=high` or, in
             Python, a dict. Those that make a model think before it answers are off unless named here.
         layout: Placement of documents, see `generate.compose`.
+        order: Order of the passages found for a question. `best_last` puts the best one next to the question.
+        rank_bias: Bias of the passages behind the best one, at most 0: at -1, their attention has 0.37 times its
+            weight. 0 treats all alike.
         refine_steps: Number of gradient steps that refine the cache of every passage, see `RefineSettings`: 8 or 48, or
             144 if little is kept; 0 for none. It comes closer to the full cache, for about 70, 270 or many hundred
             prefills.
@@ -92,6 +101,12 @@ class MemorySettings:
             them a store holds caches, the documents' ids and metadata, and hashes of words; see
             `kv_memory.retrieval.tokenize` for what the hashes protect. Unchanged documents that are added again gain or
             lose their text without being compressed again.
+        language: Language of added documents, whose stems and stop words questions are matched by: `auto` detects it,
+            `none` matches words as they are written, or an ISO 639 code, e.g. `de`.
+        retriever: Way of finding passages: `bm25` (by words), `embedding` (by the vectors of an encoder), or `hybrid`
+            (by both together).
+        encoder: Name of the encoder whose vectors are stored with added documents: `minilm` is built in, others are
+            objects passed to `KVMemory.open`; `none` stores no vectors.
     """
 
     model: str = DEFAULTS[0]
@@ -104,17 +119,25 @@ class MemorySettings:
     prompt: PromptName = "auto"
     chat_options: str = ""
     layout: Layout = "source"
+    order: PassageOrder = "best_last"
+    rank_bias: float = -1.0
     refine_steps: int = 0
     min_fidelity: float | None = None
     storage: StorageName = "auto"
     keep_text: bool = False
+    language: str = "auto"
+    retriever: RetrieverName = "bm25"
+    encoder: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", concrete_name(self.model))
         if self.keep_ratio is self.keep_tokens is self.max_bytes is None:
             object.__setattr__(self, "keep_ratio", 0.25)
+        if self.encoder is None and self.retriever != "bm25":
+            object.__setattr__(self, "encoder", "minilm")
         _ = self.keep, self.switches  # they raise for values that are out of range or malformed
         check_choices(self)
+        check_rank_bias(self.rank_bias)
         check_fields(
             self,
             model=(isinstance(self.model, str) and bool(self.model), "a name, a folder or a hub id"),
@@ -127,6 +150,8 @@ class MemorySettings:
                 "a KL in nats above 0, e.g. 0.1, or None",
             ),
             keep_text=(isinstance(self.keep_text, bool), "True or False"),
+            encoder=(self.encoder is None or (isinstance(self.encoder, str) and bool(self.encoder)), "a name or None"),
+            language=(self.language in {"auto", "none", *LANGUAGES}, f"auto, none or one of {', '.join(LANGUAGES)}"),
         )
 
     @functools.cached_property
@@ -155,8 +180,8 @@ class MemorySettings:
 
     @property
     def top_k(self) -> int:
-        """Default number of passages to answer from: 1 for `smollm2`, which cannot handle more, otherwise 3."""
-        return 1 if built_in(self.model) is BUILT_IN["smollm2"] else 3
+        """Default number of passages to answer from: 1 for `smollm2` and `qwen-0.5b`, otherwise 3."""
+        return 1 if (found := built_in(self.model)) is not None and found.name in _ONE_PASSAGE else 3
 
     @classmethod
     def resolve(cls, recorded: Mapping[str, Any], **changes: Any) -> MemorySettings:
@@ -231,6 +256,14 @@ def _given(changes: Mapping[str, Any]) -> dict[str, Any]:
             where="min_fidelity",
             next_step="Drop one.",
         )
+    if given.get("encoder") == NO_ENCODER:
+        if given.get("retriever", "bm25") != "bm25":
+            raise ConfigError(
+                f"retriever {given['retriever']!r} needs an encoder, and encoder='none' means no encoder",
+                where="encoder",
+                next_step="Drop one, or use retriever 'bm25'.",
+            )
+        given |= {"encoder": None, "retriever": "bm25"}
     # Naming a training-free selector means no adapter; `combined` is the exception: it needs one.
     if adapter == NO_ADAPTER or (adapter is None and selector not in {None, "combined"}):
         given["adapter"] = None

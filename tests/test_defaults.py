@@ -58,7 +58,8 @@ def test_a_new_store_uses_qwen_or_warns_that_it_uses_smollm2(
     for given in ({}, {"model": "embedded"}):
         settings = MemorySettings.resolve({}, **given)
         assert (settings.model, settings.adapter, settings.passage_tokens) == ("qwen-0.5b", None, 1024)
-        assert (settings.storage, settings.top_k) == ("auto", 3)
+        assert (settings.storage, settings.top_k) == ("auto", 1)
+    assert {MemorySettings(model=name).top_k for name in ("qwen-1.5b", "owner/name")} == {3}
     assert len(caplog.messages) == 1
 
 

@@ -160,15 +160,16 @@ def test_an_answer_comes_from_the_best_passage(memory: KVMemory, wide: Any) -> N
 
 
 def test_every_way_to_ask_gives_the_same_answer(memory: KVMemory) -> None:
-    expected = memory.ask(FERRY_QUESTION, settings=SETTINGS)
+    both = f"{FERRY_QUESTION} {LAMP_QUESTION}"
+    expected = memory.ask(both, settings=SETTINGS)
     assert len(expected.sources) == 2  # three at most, for a model that is not smollm2
-    stream = memory.stream(FERRY_QUESTION, settings=SETTINGS)
+    stream = memory.stream(both, settings=SETTINGS)
     assert stream.sources == expected.sources
     assert "".join(stream).strip() == expected.text == stream.answer.text
 
     async def ask() -> tuple[str, str]:
-        answer = await memory.aask(FERRY_QUESTION, settings=SETTINGS)
-        pieces = [piece async for piece in memory.astream(FERRY_QUESTION, settings=SETTINGS)]
+        answer = await memory.aask(both, settings=SETTINGS)
+        pieces = [piece async for piece in memory.astream(both, settings=SETTINGS)]
         return answer.text, "".join(pieces).strip()
 
     assert asyncio.run(ask()) == (expected.text, expected.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_memory import DecodeSettings, KVMemory
+from kv_memory import DecodeSettings, KVMemory, query
+from kv_memory.cache.distilled import DistilledCache
 from kv_memory.errors import CacheNotFoundError, ConfigError, ContextWindowError, FingerprintMismatchError
 from kv_memory.generate import Generator, Turn
 from kv_memory.query import Reference, key_of
@@ -70,6 +72,36 @@ def test_invalid_references_are_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="reference") as caught:
         Reference.parse(value)
     assert caught.value.where is not None and str(value)[:39] in caught.value.where
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["best_last", "best_first"])
+def test_the_best_passage_is_next_to_the_question_unless_told_otherwise(
+    tmp_path: Path, wide: Any, monkeypatch: pytest.MonkeyPatch, order: Any
+) -> None:
+    placed: list[list[str | None]] = []
+    biased: set[str | None] = set()
+
+    class Noting(query.Run):
+        def __init__(self, backbone: Any, prompts: Any, caches: Sequence[DistilledCache], *args: Any, **options: Any):
+            placed.append([cache.text_sha256 for cache in caches])
+            biased.update(cache.text_sha256 for cache in caches if cache.bias is not None)
+            super().__init__(backbone, prompts, caches, *args, **options)
+
+    monkeypatch.setattr(query, "Run", Noting)
+    options = {} if order == "best_last" else {"order": order}  # best_last is the default
+    with open_memory(tmp_path / "store", wide, keep_text=True, **options) as memory:
+        memory.add_passages("notes", [LAMP, FERRY, "The kettle sings, and nobody leaves."])
+        question = "Where is the pier of the ferry to Skarholm, and what of the lamp?"
+        found = [hit.text_sha256 for hit in memory.retrieve(question, top_k=2)]
+        assert found[0] == key_of(FERRY) and len(found) == 2
+        for read_from in ("caches", "text"):
+            answer = memory.ask(question, top_k=2, settings=SETTINGS, read_from=read_from)  # type: ignore[arg-type]
+            assert [hit.text_sha256 for hit in answer.sources] == found
+    assert placed == [found[::-1] if order == "best_last" else found, []]
+    assert biased == {found[1]}  # caches of this selector have none of their own
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

@@ -20,20 +20,22 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import Field
 
 from kv_memory import ConfigError, DocumentNotFoundError, KVMemory, TextNotKeptError
-from kv_memory.config import check_choice
+from kv_memory.config import check_choice, check_names
 from kv_memory.query import key_of
-from kv_memory.retrieval.bm25 import Hit
+from kv_memory.retrieval.retriever import Hit
 from kv_memory.store import DocumentRecord
 
 from ..references import KV_ID, OnMissing, is_blank, mark_of, reference_to
 
 _log = logging.getLogger(__name__)
 
+_SEARCH_OPTIONS = ("document_ids", "filter", "min_score")
+
 
 class KVMemoryRetriever(BaseRetriever):
     """Finds documents and names their distilled caches in `metadata["kv_id"]`, for `create_kv_chain`, `ChatKVMemory`.
 
-    Alone it finds passages of `memory.add` by BM25, with the document's metadata, and the document's id as `source`
+    Alone it finds passages as `KVMemory.retrieve` does, with the document's metadata, and the document's id as `source`
     unless the metadata has one. Around another retriever it returns that retriever's documents, and sets `kv_id` on
     each that has a cache of exactly its text, however the cache was made. A passage without a stored text
     (`KVMemory.open(..., keep_text=True)` stores it) becomes a document without content that names its cache: chains of
@@ -41,13 +43,15 @@ class KVMemoryRetriever(BaseRetriever):
 
     Args:
         memory: The memory that holds the caches; only its own collection is searched.
-        retriever: Any LangChain retriever, e.g. `vector_store.as_retriever()`; the memory's own BM25 if None.
+        retriever: Any LangChain retriever, e.g. `vector_store.as_retriever()`; the memory's own if None.
         k: Maximum number of documents, also an option of `invoke`. If None, the retriever's own number, or the memory's
             `top_k`.
         on_missing: Action for another retriever's documents without a cache. `text`: they get no `kv_id`, and are
             prefilled as text. `compress`: the cache is made once and kept. `skip`: they are left out. `raise`:
             `CacheNotFoundError`, or `FingerprintMismatchError` if the cache is of another model. Documents without
             text are left out and logged, except with `raise`.
+        search_kwargs: Any of `document_ids`, `filter` and `min_score`, as in `KVMemory.retrieve`, without another
+            retriever.
 
     Raises:
         ConfigError: An option is out of range.
@@ -63,9 +67,11 @@ class KVMemoryRetriever(BaseRetriever):
     retriever: BaseRetriever | None = None
     k: int | None = None
     on_missing: OnMissing = "text"
+    search_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def __init__(self, memory: KVMemory, **options: Any) -> None:
         _check_k(options.get("k"))
+        _check_search(options)
         check_choice(options.get("on_missing", "text"), OnMissing, where="on_missing")
         super().__init__(**{**options, "memory": memory})
 
@@ -92,12 +98,12 @@ class KVMemoryRetriever(BaseRetriever):
     def _own(self, query: str, k: int | None) -> list[Document]:
         return [
             _found(hit, id=f"{hit.document_id}#{hit.ordinal}", metadata={"source": hit.document_id, **hit.metadata})
-            for hit in self.memory.retrieve(query, top_k=k)
+            for hit in self.memory.retrieve(query, top_k=k, **self.search_kwargs)
         ]
 
 
 class KVMemoryIndex(DocumentIndex):
-    """A `DocumentIndex` that compresses documents on insertion, and finds them by the memory's own BM25.
+    """A `DocumentIndex` that compresses documents on insertion, and finds them by the memory's own retriever.
 
     Pass it to `langchain_core.indexing.index`: with `cleanup="full"` documents that have left the source lose their
     caches, and unchanged ones cost nothing. Each document is compressed whole, so split long ones first, as for a
@@ -107,6 +113,7 @@ class KVMemoryIndex(DocumentIndex):
     Args:
         memory: The memory that stores documents and caches, under the document's own id.
         k: Number of documents to find, also an option of `invoke`; the memory's `top_k` if None.
+        search_kwargs: Any of `document_ids`, `filter` and `min_score`, as in `KVMemory.retrieve`.
 
     Example:
         ```python
@@ -120,9 +127,11 @@ class KVMemoryIndex(DocumentIndex):
 
     memory: KVMemory = Field(exclude=True, repr=False)
     k: int | None = None
+    search_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def __init__(self, memory: KVMemory, **options: Any) -> None:
         _check_k(options.get("k"))
+        _check_search(options)
         super().__init__(**{**options, "memory": memory})
 
     def upsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
@@ -204,7 +213,7 @@ class KVMemoryIndex(DocumentIndex):
         return await asyncio.to_thread(self._find, query, k)
 
     def _find(self, query: str, k: int | None) -> list[Document]:
-        hits = self.memory.retrieve(query, top_k=_check_k(self.k if k is None else k))
+        hits = self.memory.retrieve(query, top_k=_check_k(self.k if k is None else k), **self.search_kwargs)
         return [_found(hit, id=hit.document_id, metadata=dict(hit.metadata)) for hit in hits]
 
 
@@ -241,6 +250,17 @@ def _marked(memory: KVMemory, documents: Iterable[Document], *, on_missing: OnMi
             metadata[KV_ID] = mark_of(reference.key)
         copies.append(document.model_copy(update={"metadata": metadata}))
     return copies
+
+
+def _check_search(options: dict[str, Any]) -> None:
+    given = options.get("search_kwargs") or {}
+    check_names(given, _SEARCH_OPTIONS, where="search_kwargs")
+    if given and options.get("retriever") is not None:
+        raise ConfigError(
+            "search_kwargs are for the memory's own retrieval, and another retriever is given",
+            where="search_kwargs",
+            next_step="Pass them to that retriever.",
+        )
 
 
 def _check_k(k: int | None) -> int | None:

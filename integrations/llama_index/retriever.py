@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.retrievers import BaseRetriever
@@ -15,10 +16,12 @@ from llama_index.core.schema import (
     RelatedNodeInfo,
     TextNode,
 )
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
-from kv_memory import KVMemory, Reference
+from kv_memory import KVMemory, Reference, UnsupportedRequestError
 from kv_memory.config import check_choice
-from kv_memory.retrieval.bm25 import Hit
+from kv_memory.retrieval.filters import Filter
+from kv_memory.retrieval.retriever import Hit, RetrieveOptions
 
 from ..references import OnMissing
 from .nodes import marked, node_reference
@@ -97,8 +100,14 @@ class KVMemoryStoreRetriever(BaseRetriever):
     Args:
         memory: The memory to search.
         similarity_top_k: Maximum number of passages; the memory's `top_k` if None.
+        filters: Metadata of the documents to search: `==` and `in`, all of which must hold.
+        doc_ids: Ids of the documents to search; None for all.
+        min_score: Least score of a passage.
         callback_manager: As in LlamaIndex.
         verbose: As in LlamaIndex.
+
+    Raises:
+        UnsupportedRequestError: The filters have another operator or condition.
 
     Example:
         ```python
@@ -112,19 +121,41 @@ class KVMemoryStoreRetriever(BaseRetriever):
         memory: KVMemory,
         *,
         similarity_top_k: int | None = None,
+        filters: MetadataFilters | None = None,
+        doc_ids: list[str] | None = None,
+        min_score: float | None = None,
         callback_manager: CallbackManager | None = None,
         verbose: bool = False,
     ) -> None:
         self._memory = memory
-        self._similarity_top_k = similarity_top_k
+        self._options: RetrieveOptions = {
+            "top_k": similarity_top_k,
+            "document_ids": doc_ids,
+            "filter": None if filters is None else _filter_of(filters),
+            "min_score": min_score,
+        }
         super().__init__(callback_manager=callback_manager, verbose=verbose)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        hits = self._memory.retrieve(query_bundle.query_str, top_k=self._similarity_top_k)
-        return [_node(hit) for hit in hits]
+        return [_node(hit) for hit in self._memory.retrieve(query_bundle.query_str, **self._options)]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def _filter_of(filters: MetadataFilters) -> Filter:
+    """The filter of `KVMemory.retrieve`; errors as in `KVMemoryStoreRetriever`."""
+    found: dict[str, Any] = {}
+    equality = {FilterOperator.EQ, FilterOperator.IN}
+    for each in filters.filters if filters.condition == FilterCondition.AND else [filters]:
+        if not (isinstance(each, MetadataFilter) and each.operator in equality and each.key not in found):
+            raise UnsupportedRequestError(
+                "only filters with `==` or `in` on different metadata, joined by `and`, are supported",
+                where="filters",
+                next_step="Filter the nodes afterwards with a postprocessor.",
+            )
+        found[each.key] = each.value
+    return found
 
 
 def _node(hit: Hit) -> NodeWithScore:

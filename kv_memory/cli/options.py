@@ -188,7 +188,7 @@ def _fields_of(record: type) -> list[inspect.Parameter]:
     return [_described(_parameter(each.name, hints[each.name], each.default), helps) for each in fields(record)]
 
 
-_SETTINGS = [each.name for each in fields(MemorySettings) if each.name != "layout"]
+_SETTINGS = [each.name for each in fields(MemorySettings) if each.name not in {"layout", "order", "rank_bias"}]
 _METAVARS = {"adapter": "FOLDER", "keep_ratio": "SHARE", "max_bytes": "SIZE", "refine_steps": "STEPS"}
 _METAVARS |= {"min_fidelity": "KL", "keep_tokens": "N", "passage_tokens": "N"}
 _NAMES = {"refine_steps": "--refine", "keep_text": "--keep-text/--no-keep-text"}

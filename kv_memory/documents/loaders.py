@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -127,7 +127,7 @@ def read_documents(
                 document = read_file(part, encoding=encoding)
             else:
                 document = part()
-                _check_lines(document.text, where=document.id)
+                check_lines(document.text, where=document.id)
             if documents.setdefault(document.id, document).text != document.text:
                 raise DocumentError(
                     "this id was given twice, with different texts",
@@ -159,13 +159,32 @@ def read_file(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> Docum
     """
     check_encoding(encoding)
     resolved, raw = _read_bytes(path)
-    name, given = file_id(resolved), Path(path)  # a link's own name determines the type, not its target's
-    content = read_content(raw, suffix=given.suffix, encoding=encoding, where=name)
-    _check_lines(content.text, where=name)
-    metadata = {"file_name": _printable(given.name), "size_bytes": len(raw), **content.metadata}
+    # A link's own name determines the type, not its target's.
+    name = Path(path).name
+    return parse_file(raw, name=name, id=file_id(resolved), source_uri=resolved.as_uri(), encoding=encoding)
+
+
+def parse_file(
+    raw: bytes, *, name: str, id: str | None = None, source_uri: str | None = None, encoding: str = "utf-8"
+) -> Document:
+    """The document of a file's bytes, as `read_file` makes it; no file is opened.
+
+    Args:
+        raw: All bytes of the file.
+        name: Name of the file, whose suffix determines the type.
+        id: Id of the document; None means the name.
+        source_uri: Origin of the document.
+        encoding: Encoding of text files without a byte order mark.
+    """
+    check_encoding(encoding)
+    printable = _printable(name)
+    id = printable if id is None else id
+    content = read_content(raw, suffix=PurePath(name).suffix, encoding=encoding, where=id)
+    check_lines(content.text, where=id)
+    metadata = {"file_name": printable, "size_bytes": len(raw), **content.metadata}
     if content.notes:
         metadata["reader_notes"] = list(content.notes)
-    return Document(id=name, text=content.text, source_uri=resolved.as_uri(), metadata=metadata, notes=content.notes)
+    return Document(id=id, text=content.text, source_uri=source_uri, metadata=metadata, notes=content.notes)
 
 
 def file_id(path: str | os.PathLike[str]) -> str:
@@ -300,7 +319,8 @@ def _printable(path: str) -> str:
     return "".join(c if ord(c) >= 32 and c != "\x7f" else f"\\x{ord(c):02x}" for c in name)
 
 
-def _check_lines(text: str, *, where: str) -> None:
+def check_lines(text: str, *, where: str) -> None:
+    """Refuse a text with a line longer than `MAX_LINE_BYTES`; an UnreadableDocumentError names it."""
     for number, line in enumerate(text.split("\n"), start=1):
         size_bytes = len(line.encode("utf-8", "surrogatepass"))
         if size_bytes > MAX_LINE_BYTES:

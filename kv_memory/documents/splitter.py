@@ -17,9 +17,9 @@ from kv_memory.errors import ConfigError
 
 CountTokens = Callable[[list[str]], list[int]]
 
-_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _HEADING = re.compile(r" {0,3}#{1,6}[ \t]")
-_UNDERLINE = re.compile(r" {0,3}([=\-~^])\1{2,}\s*$")
+UNDERLINE = re.compile(r" {0,3}([=\-~^])\1{2,}\s*$")
 FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")  # ```this``` is inline code
 # The second alternative is for Chinese and Japanese, which put no space between sentences.
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|[。！？｡][”’」』）]*")  # noqa: RUF001
@@ -238,7 +238,7 @@ def _paragraphs(text: str) -> list[_Piece]:
             start, heading_end = end, 0
         code = open_block = False
 
-    for line in _LINE.finditer(text):
+    for line in LINE.finditer(text):
         content = line[0].rstrip()
         mark = None if not content else FENCE.match(content)
         if fence:
@@ -251,7 +251,7 @@ def _paragraphs(text: str) -> list[_Piece]:
         elif _HEADING.match(content):
             close()
             end = heading_end = line.start() + len(content)
-        elif open_block and not code and n_lines == 1 and _UNDERLINE.match(content):
+        elif open_block and not code and n_lines == 1 and UNDERLINE.match(content):
             # The single line above was a heading: the block stays open until text follows.
             end = heading_end = line.start() + len(content)
             open_block = False

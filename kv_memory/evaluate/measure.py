@@ -22,6 +22,7 @@ from kv_memory.evaluate.methods import Method, make_methods
 from kv_memory.evaluate.question_records import Record
 from kv_memory.evaluate.scoring import CaseScorer
 from kv_memory.evaluate.tasks.task import Task
+from kv_memory.generate import add_bias
 from kv_memory.model.backbone import Backbone
 
 T = TypeVar("T")
@@ -92,8 +93,10 @@ class Bench:
     Caches of passages are reused while cases share them: the same passage occurs again at another place.
     """
 
-    def __init__(self, backbone: Backbone, task: Task, layout: Layout, generate: bool) -> None:
-        self._backbone, self._task = backbone, task
+    def __init__(
+        self, backbone: Backbone, task: Task, layout: Layout, generate: bool, *, rank_bias: float = 0.0
+    ) -> None:
+        self._backbone, self._task, self._rank_bias = backbone, task, rank_bias
         self._scorer_of = partial(CaseScorer, backbone, task, layout=layout, generate=generate)
         full = make_methods(["full"], backbone)[0]
         self._full, self._joined = Column(full, None), Column(full, None, joined=True)
@@ -109,13 +112,13 @@ class Bench:
         if self._case is not case:
             self._take(case)
         made = self._caches(case, column)
-        caches = [one.cache for one in made]
+        caches = self._ranked(case, made)
         return Record(
             key=key,
             config=config,
             task=self._task.name,
             document=case.id,
-            method=column.name,
+            method=column.name if self._backbone.weights == "plain" else f"{column.name}@{self._backbone.weights}",
             keep_ratio=column.keep_ratio,
             model=self._backbone.name,
             weights=self._backbone.weights_sha256,
@@ -136,8 +139,15 @@ class Bench:
         self._case, self._prefilled = case, {}
         self._made = {key: made for key, made in self._made.items() if key[2] in case.passages}
         (self._plain,) = self._caches(case, self._full)
-        joined = [made.cache for made in self._caches(case, self._joined)] if case.passages else []
+        joined = self._ranked(case, self._caches(case, self._joined)) if case.passages else []
         self._scorer = self._scorer_of(case, self._plain.cache, joined)
+
+    def _ranked(self, case: Case, made: Sequence[_Made]) -> list[DistilledCache]:
+        """The caches with the biases of a ranking in which the case's own document is the best."""
+        if len(made) < 2:
+            return [one.cache for one in made]
+        texts = zip(made, case.documents, strict=True)
+        return [add_bias(one.cache, 0.0 if text == case.text else self._rank_bias) for one, text in texts]
 
     def _caches(self, case: Case, column: Column) -> list[_Made]:
         """A method's caches of the documents; one for `full`, and none for `none`."""

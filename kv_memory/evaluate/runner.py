@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_memory.compress import Adapter, RefineSettings
-from kv_memory.config import Layout, StorageName, check_choice
+from kv_memory.config import Layout, StorageName, WeightsName, check_choice, check_rank_bias
 from kv_memory.evaluate.aggregate import Row, aggregate, check_groups
 from kv_memory.evaluate.measure import Bench, Column, EvalProgress, check_limits
 from kv_memory.evaluate.methods import RefineFrom, make_methods
@@ -57,6 +57,7 @@ def evaluate(
     refine: RefineSettings | None = None,
     refine_from: RefineFrom = "auto",
     layout: Layout = "source",
+    rank_bias: float = 0.0,
     storage: StorageName = "auto",
     generate: bool = True,
     by: Sequence[str] | None = None,
@@ -71,7 +72,8 @@ def evaluate(
 
     Args:
         task: `squad`, `quality`, `squality`, `needle`, `spans`, `multidoc`, `ruler` or `qa`.
-        backbone: The model.
+        backbone: The model. With int8 weights, KL is measured against its plain ones, and methods are named
+            `full@int8` and so on.
         methods: full, none, random, sink_recent, attention, reconstruction, matched_score, matched_fit,
             matched_one_stage, matched_fixed_keys, matched_even_layers, matched, adapter_selection, adapter, combined or
             refined; None means all that can be run.
@@ -81,6 +83,7 @@ def evaluate(
         refine: Settings of `refined`.
         refine_from: Starting point of `refined`, see `make_methods`.
         layout: Placement of documents, see `compose`.
+        rank_bias: multidoc: bias of the other passages, see `MemorySettings`.
         storage: Storage type in which every compressed cache is written and loaded before it is used. Unless it is
             `auto`, the methods are named `adapter+int8` and so on. `full` and `none` are not affected.
         generate: False skips metrics of decoded answers (F1 and similar) for speed.
@@ -102,6 +105,7 @@ def evaluate(
     check_groups(task, by or ())
     check_choice(layout, Layout, where="layout")
     check_choice(storage, StorageName, where="storage")
+    check_rank_bias(rank_bias)
     ratios = check_limits(keep_ratios, time_limit_s)
     made = make_methods(methods, backbone, adapter=adapter, refine=refine, refine_from=refine_from, seed=settings.seed)
     columns = [
@@ -112,12 +116,15 @@ def evaluate(
     ]
     known = {record.key: record for record in load_records(Path(out))} if out is not None else {}
     cases = found_task.cases(backbone, settings)
-    configs = {column: _config(found_task, column, settings, layout, generate) for column in columns}
+    weights = backbone.weights
+    configs = {
+        column: _config(found_task, column, settings, layout, generate, weights, rank_bias) for column in columns
+    }
     keys = [
         [hashlib.sha256(f"{configs[column]}:{case.digest}".encode()).hexdigest() for column in columns]
         for case in cases
     ]
-    bench = Bench(backbone, found_task, layout, generate)
+    bench = Bench(backbone, found_task, layout, generate, rank_bias=rank_bias)
     n_done, n_measured, complete = 0, 0, True
     # Document by document: the full model is asked once for all methods, and an interrupted run stays paired.
     for (case, column), key in zip(product(cases, columns), chain.from_iterable(keys), strict=True):
@@ -146,7 +153,15 @@ def evaluate(
     )
 
 
-def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, generate: bool) -> str:
+def _config(
+    task: Task,
+    column: Column,
+    settings: TaskSettings,
+    layout: Layout,
+    generate: bool,
+    weights: WeightsName,
+    rank_bias: float,
+) -> str:
     decides: dict[str, Any] = {
         "version": _MEASURES_VERSION,
         "task": task.name,
@@ -160,6 +175,10 @@ def _config(task: Task, column: Column, settings: TaskSettings, layout: Layout, 
     }
     if column.storage != "auto":  # omitted if `auto`, so that results from before this setting stay valid
         decides["storage"] = column.storage
+    if weights != "plain":
+        decides["weights"] = weights
+    if rank_bias and task.together and (column.joined or column.method.ratios):  # the others join nothing
+        decides["rank_bias"] = rank_bias
     if column.joined:
         decides["joined"] = True
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ from kv_memory.evaluate.tasks.task import Task
 from kv_memory.generate import Answer, Generator, Prompt, Request, Scheduler, compose
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
+from kv_memory.model.int8_weights import plain_weights
 
 KL_TOKENS = 32  # length limit of the answer on which KL is measured
 _CPU_BYTES, _GPU_BYTES = 1 << 30, 4 << 30  # size limit of caches and logits of one batch
@@ -131,6 +132,8 @@ class CaseScorer:
     The full model's log-probabilities come from one teacher-forced pass, as for every method. Those of decoding were
     rejected: in bfloat16 the two differ in the last bits, and the full cache would have a KL to itself.
 
+    A model with int8 weights is measured against its plain ones.
+
     `full` is the cache of one prefill of all documents, `joined` that of each document if there are several. With
     `generate`, answers are decoded if the task has text metrics.
     """
@@ -152,10 +155,12 @@ class CaseScorer:
         said: Sequence[tuple[str, tuple[int, ...]]] = [("", query.reference) for query in self._encoded]
         if task.kl_on == "answer":
             prompts = [query.prompt for query in self._encoded]
-            said = greedy_answers(backbone, full, prompts, layout=layout, max_new_tokens=task.max_new_tokens)
+            with plain_weights():
+                said = greedy_answers(backbone, full, prompts, layout=layout, max_new_tokens=task.max_new_tokens)
         rows = [ids[:KL_TOKENS] for _, ids in said]
-        own = self._log_probs([full], rows)
-        beside = self._log_probs(joined, rows) if joined else [None] * len(rows)
+        with plain_weights():
+            own = self._log_probs([full], rows)
+            beside = self._log_probs(joined, rows) if joined else [None] * len(rows)
         self._taught = [
             _Taught(row, text, len(row) == len(ids), log_probs, other)
             for row, (text, ids), log_probs, other in zip(rows, said, own, beside, strict=True)

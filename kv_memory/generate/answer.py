@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from kv_memory.generate.request import Request
     from kv_memory.generate.scheduler import Scheduler
-    from kv_memory.retrieval.bm25 import Hit
+    from kv_memory.retrieval.retriever import Hit
 
 ReadFrom = Literal["caches", "text"]
 
@@ -21,7 +21,7 @@ class Answer:
     Attributes:
         question: The question, unchanged; empty for a reply to several turns and for a continued text.
         text: Decoded text, without the stop string; if there is a question, also without surrounding space. It is empty
-            if no passage shares a word with the question, and rarely otherwise: see `next_step`.
+            if no passage matches the question, and rarely otherwise: see `next_step`.
         sources: Passages it was answered from, best first.
         finish_reason: `stop` (end token, stop string or complete JSON), `length` (cut at max_new_tokens), or
             `no_sources`.

@@ -20,14 +20,18 @@ from kv_memory.documents import Document
 from kv_memory.errors import ConfigError, KVMemoryError, TextNotKeptError
 from kv_memory.ingest.document_records import (
     Prepared,
+    lacks_vectors,
     prepare,
     prepare_again,
     prepare_from_file,
     prepare_passages,
     texts_in,
+    with_vectors,
 )
+from kv_memory.retrieval.encoder import Encoder
+from kv_memory.retrieval.language import language_of
 from kv_memory.settings import MemorySettings
-from kv_memory.store import DocumentRecord, Store, StoredPassage
+from kv_memory.store import DocumentRecord, Store
 from kv_memory.tracing import span
 
 _BATCH_ON_GPU = 8  # passages; each holds a lock in the catalog meanwhile, on PostgreSQL with its own connection
@@ -121,6 +125,7 @@ class IngestPipeline:
         on_plan: Callback before the first passage, if there is any to compress.
         on_progress: Callback after every batch of passages.
         writer: Executor that stores the caches of a batch while the next one is compressed; None stores them at once.
+        encoder: Encoder whose vectors are stored with the passages; None stores no vectors.
         batch_size: Number of passages of a document compressed at once, grouped by similar length. None means 8 on a
             GPU, which a single passage does not fill, and 1 elsewhere.
     """
@@ -135,9 +140,11 @@ class IngestPipeline:
         on_plan: Callable[[AddPlan], None] | None = None,
         on_progress: Callable[[AddProgress], None] | None = None,
         writer: Executor | None = None,
+        encoder: Encoder | None = None,
         batch_size: int | None = None,
     ) -> None:
         self._store = store
+        self._encoder = encoder
         self._compressor = compressor
         self._settings = settings
         self._count_tokens = compressor.backbone.count_tokens
@@ -181,34 +188,42 @@ class IngestPipeline:
             extend=extend,
             drop=drop,
             keep_text=self._keep_text,
+            language=self._settings.language,
         )
-        if old is not None and made.texts.keys() <= cached and _same(old, made.record):
+        same = old is not None and _same(old, made.record) and not lacks_vectors(old, self._encoder)
+        if same and made.texts.keys() <= cached:
             report.unchanged.append(document)
             return self._compress([], report, start_s)
         (report.added if old is None else report.replaced).append(document)
         return self._compress([made._replace(cached=cached)], report, start_s)
 
     def refresh(self, *, encoding: str = "utf-8") -> AddReport:
-        """Compress every stored passage that has no cache under the current settings; see `KVMemory.refresh`."""
+        """Make the caches and vectors that stored passages lack under the current settings; see `KVMemory.refresh`."""
         start_s, report = time.perf_counter(), AddReport()
-        missing: dict[str, list[StoredPassage]] = {}
+        uncached: dict[str, set[str]] = {}  # hashes of texts by document
         for passage in self._store.missing(self.fingerprint, self._settings.keep):
-            missing.setdefault(passage.document_id, []).append(passage)
+            uncached.setdefault(passage.document_id, set()).add(passage.text_sha256)
+        name = None if self._encoder is None else self._encoder.name
+        no_vector = set() if name is None else self._store.documents_without_vectors(name)
         todo: list[Prepared] = []
         for summary in self._store.documents():
-            if summary.id not in missing:
+            if summary.id not in uncached and summary.id not in no_vector:
                 report.unchanged.append(summary.id)
                 continue
             record = self._store.document(summary.id)
+            needed = uncached.get(summary.id, set())
+            cached = {passage.text_sha256 for passage in record.passages} - needed
+            if name is not None:
+                needed = needed | {passage.text_sha256 for passage in record.passages if passage.encoder != name}
             try:
-                if all(passage.text is not None for passage in missing[summary.id]):
-                    made = Prepared(record, texts_in(record))
-                else:
-                    made = prepare_from_file(record, self._count_tokens, encoding=encoding)
+                made = Prepared(record, texts_in(record))
+                if not needed <= made.texts.keys():
+                    made = prepare_from_file(
+                        record, self._count_tokens, encoding=encoding, language=self._settings.language
+                    )
             except TextNotKeptError as error:
                 report.errors.append(error)
             else:
-                cached = {p.text_sha256 for p in record.passages} - {p.text_sha256 for p in missing[summary.id]}
                 todo.append(made._replace(cached=cached))
                 report.replaced.append(summary.id)
         return self._compress(todo, report, start_s)
@@ -220,18 +235,21 @@ class IngestPipeline:
         """
         found = self._store.find_document(document.id, self.fingerprint, self._settings.keep)
         old, cached = found or (None, set[str]())
-        limit = self._settings.passage_tokens
+        limit, language = self._settings.passage_tokens, self._settings.language
+        form: dict[str, Any] = {"keep_text": self._keep_text, "language": language}
         if old is None or (old.content_sha256, old.passage_tokens) != (document.content_sha256, limit):
             (report.added if old is None else report.replaced).append(document.id)
             report.notes += [f"{note} [{document.id}]" for note in document.notes]
-            made = prepare(document, limit, self._count_tokens, keep_text=self._keep_text)
+            made = prepare(document, limit, self._count_tokens, **form)
             return made._replace(cached=cached)
-        kept = all((passage.text is not None) == self._keep_text for passage in old.passages)
+        found_by = self._keep_text, language_of(document.text, language)
+        kept = all((passage.text is not None, passage.language) == found_by for passage in old.passages)
+        kept = kept and not lacks_vectors(old, self._encoder)
         if kept and old.metadata == document.metadata and all(p.text_sha256 in cached for p in old.passages):
             report.unchanged.append(document.id)
             return None
         report.replaced.append(document.id)  # the passages are unchanged; the metadata may have changed
-        made = prepare_again(document, old, self._count_tokens, keep_text=self._keep_text)
+        made = prepare_again(document, old, self._count_tokens, **form)
         return made._replace(cached=cached)
 
     def _compress(self, todo: list[Prepared], report: AddReport, start_s: float) -> AddReport:
@@ -264,7 +282,7 @@ class IngestPipeline:
             finally:
                 if self._writer is not None:
                     self._wait()
-            self._store.put_document(record, settings=settings)
+            self._store.put_document(with_vectors(record, texts, self._encoder), settings=settings)
             self._recorded = True
         if not self._recorded:  # no document has brought the settings, with which later calls continue
             if self._store.settings() != settings:
@@ -349,6 +367,6 @@ class IngestPipeline:
 
 
 def _same(old: DocumentRecord, new: DocumentRecord) -> bool:
-    """Whether two records agree in content, metadata and kept texts, so that nothing has to be written."""
-    kept = [[passage.text is not None for passage in record.passages] for record in (old, new)]
+    """Whether two records agree in content, metadata, kept texts and language, so that nothing has to be written."""
+    kept = [[(passage.text is not None, passage.language) for passage in record.passages] for record in (old, new)]
     return (old.content_sha256, old.metadata) == (new.content_sha256, new.metadata) and kept[0] == kept[1]

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,20 +64,42 @@ def run(
     Errors are returned, not raised.
     """
     torch.set_num_threads(n_threads)
-    try:
+
+    def body() -> None:
+        with Store.open(path, collection=collection, create=False) as store:
+            make = partial(pipeline_of, device=device)
+            run_in(store, job=job, worker=worker, alone=alone, make_pipeline=make, lease_s=lease_s)
+
+    return end_of(worker, body)
+
+
+def run_in(
+    store: Store,
+    *,
+    job: str,
+    worker: str,
+    alone: Callable[[], bool],
+    make_pipeline: Callable[[Store, Job], IngestPipeline],
+    lease_s: float = LEASE_S,
+) -> None:
+    """Work on a job of an open store; other arguments as in `run`."""
+    ledger = Ledger(store)
+    with ledger.hold_worker_lock(worker):
+        found = ledger.job(job)
+        pipeline = make_pipeline(store, found)
+        if found.fingerprint != pipeline.fingerprint.digest:
+            ledger.update(found, fingerprint=pipeline.fingerprint.digest)
         with (
-            Store.open(path, collection=collection, create=False) as store,
-            (ledger := Ledger(store)).hold_worker_lock(worker),
+            closing(Sources(found.sources["items"], found.settings)) as sources,
+            TaskQueue(store, found.id, worker, lease_s=lease_s) as queue,
         ):
-            found = ledger.job(job)
-            pipeline = pipeline_of(store, found, device=device)
-            if found.fingerprint != pipeline.fingerprint.digest:
-                ledger.update(found, fingerprint=pipeline.fingerprint.digest)
-            with (
-                closing(Sources(found.sources["items"], found.settings)) as sources,
-                TaskQueue(store, found.id, worker, lease_s=lease_s) as queue,
-            ):
-                work(queue, sources, pipeline, alone=alone)
+            work(queue, sources, pipeline, alone=alone)
+
+
+def end_of(worker: str, body: Callable[[], None]) -> WorkerEnd:
+    """Run a worker; its error is returned, not raised."""
+    try:
+        body()
     except (StoreConnectionError, StoreLockedError) as error:  # perhaps temporary: a new worker takes over
         return WorkerEnd(worker=worker, reason=error.what, n_deaths=1)
     except Exception as error:

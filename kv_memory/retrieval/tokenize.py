@@ -1,4 +1,4 @@
-"""Words of passages and questions for BM25, and the hashes by which they are compared.
+"""Words of passages and questions for BM25.
 
 The default pattern of bm25s was rejected: it drops single characters, so that `C`, `HTTP/2` and most Chinese words
 cannot be found, and it treats `nats-server` as two unrelated words. Here:
@@ -10,18 +10,11 @@ cannot be found, and it treats `nats-server` as two unrelated words. Here:
 - names of several parts (`nats-server`, `JetStream`, `HTTP/2`, `keep_ratio`) yield the parts and the whole, so that
   `jetstream`, `Jet-Stream` and `jet stream` all find `JetStream`. So does a word that is broken at the end of a line;
 - scripts without spaces yield single characters and pairs; the pairs are as in Lucene's CJK analyzer.
-
-A passage whose text is not kept is found by its *terms*: hashes of its words with their counts. They keep plain words
-out of files, backups and logs, but are not encryption: every store hashes in the same public way, so anyone with the
-database can look up the hashes of a dictionary. A random key for each store was rejected: it would stand in the same
-database, and passages of merged stores could not be compared.
 """
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
-from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 
@@ -48,31 +41,27 @@ _UNSPACED_RUN = regex.compile(rf"(?:{_UNSPACED.pattern})+|(?:(?!{_UNSPACED.patte
 _MAX_JOINED_PARTS = 4
 
 
+def names_of(text: str) -> list[str]:
+    """The names of a text in order: words as they are written, with what is joined to them (`nats-server`)."""
+    found: list[str] = _NAME.findall(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)))
+    return found
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text in any script, in order, repeated as often as they occur."""
-    words: list[str] = []
-    for name in _NAME.findall(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))):
-        # A stretch of Chinese or a long path hardly recurs; caching it would fill the memory with its parts.
-        once = len(name) > 32 or _UNSPACED.search(name)
-        words += (_words_of_name.__wrapped__ if once else _words_of_name)(name)
-    return words
+    return [word for name in names_of(text) for word in words_of_name(name)]
 
 
-def terms_of(text: str) -> dict[str, int]:
-    """The hashes of a text's words with their counts, in the order of the hashes, which reveals nothing of the text."""
-    return dict(sorted((hash_word(word), n) for word, n in Counter(words_of(text)).items()))
+def words_of_name(name: str) -> tuple[str, ...]:
+    """The parts of a name, and the whole, in lower case."""
+    # A stretch of Chinese or a long path hardly recurs; caching it would fill the memory with its parts.
+    once = len(name) > 32 or _UNSPACED.search(name)
+    return (_split.__wrapped__ if once else _split)(name)
 
 
-# A few words make up most of any text; splitting and hashing them takes most of the time of indexing.
+# A few words make up most of any text, and splitting them takes most of the time of indexing.
 @lru_cache(maxsize=1 << 16)
-def hash_word(word: str) -> str:
-    """The hash of a word: 8 bytes of BLAKE2b, in hex."""
-    return hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-
-
-@lru_cache(maxsize=1 << 16)
-def _words_of_name(name: str) -> tuple[str, ...]:
-    """The parts of a name, and the whole."""
+def _split(name: str) -> tuple[str, ...]:
     words: list[str] = []
     parts = _PART.findall(name)
     for part in parts:

@@ -18,6 +18,7 @@ from kv_memory.store.records import (
     PassageRecord,
     PurgeReport,
     StoredPassage,
+    StoredVector,
     StoreStats,
     TransferProgress,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "Store",
     "StoreStats",
     "StoredPassage",
+    "StoredVector",
     "TransferProgress",
     "copy_collection",
     "export_collection",

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from sqlalchemy import JSON, inspect, select
 
 import kv_memory
@@ -297,9 +298,20 @@ def _verify(store: Store) -> None:
                     raise ValueError(f"{row.text_sha256[:80]!r} is not a SHA-256")
                 if isinstance(row, PassageRow) and row.text is not None and _digest(row.text) != row.text_sha256:
                     raise ValueError("the text of a passage does not match its SHA-256")
+                if isinstance(row, PassageRow) and not _fits(row.encoder, row.vector):
+                    raise ValueError("a passage has a malformed vector, or one without an encoder")
                 terms = (row.terms or {}) if isinstance(row, PassageRow) else {}
                 if not all(_WORD_HASH.fullmatch(word) and type(n) is int and n > 0 for word, n in terms.items()):
                     raise ValueError("the terms of a passage must map hashes of words to positive integers")
+
+
+def _fits(encoder: str, vector: bytes | None) -> bool:
+    """Whether both are there, as finite float16 numbers, or neither."""
+    if vector is None:
+        return not encoder
+    if not encoder or not vector or len(vector) % 2:
+        return False
+    return bool(np.isfinite(np.frombuffer(vector, dtype="<f2")).all())
 
 
 def _check_types(row: Base) -> None:

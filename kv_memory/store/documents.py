@@ -17,12 +17,20 @@ from kv_memory.cache.fingerprint import Fingerprint
 from kv_memory.cache.keep import Keep
 from kv_memory.errors import ConfigError, DocumentNotFoundError, UnreadableDocumentError
 from kv_memory.store.blob_references import BlobReferences
-from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage
+from kv_memory.store.records import DocumentRecord, DocumentSummary, PassageRecord, StoredPassage, StoredVector
 from kv_memory.store.sql.catalog import batches
 from kv_memory.store.sql.schema import CacheRow, CollectionRow, DocumentRow, PassageRow, utc_now
 
 # Columns under the names of the fields of `PassageRecord` and `StoredPassage`.
-_PASSAGE = (PassageRow.text, PassageRow.n_tokens, PassageRow.text_sha256, PassageRow.terms)
+_PASSAGE = (
+    PassageRow.text,
+    PassageRow.n_tokens,
+    PassageRow.text_sha256,
+    PassageRow.terms,
+    PassageRow.language,
+    PassageRow.headings,
+)
+_VECTOR = (PassageRow.encoder, PassageRow.vector)
 _STORED = (*_PASSAGE, PassageRow.ordinal, DocumentRow.document_id, DocumentRow.details.label("metadata"))
 
 
@@ -103,9 +111,7 @@ class Documents:
             row.updated_at = utc_now()
             session.flush()
             rows = [
-                # Terms serve retrieval where the text is not kept.
-                {**vars(passage), "terms": passage.terms and dict(passage.terms) if passage.text is None else None}
-                | {"document_pk": row.id, "ordinal": ordinal}
+                {**_values(passage), "document_pk": row.id, "ordinal": ordinal}
                 for ordinal, passage in enumerate(record.passages)
             ]
             if rows:
@@ -140,8 +146,13 @@ class Documents:
         with self.catalog.read() as session:
             return _record(session, find_document(session, self.collection_id, id))
 
-    def documents(self) -> list[DocumentSummary]:
-        """All documents without their text, ordered by id."""
+    def documents(self, *, after: str | None = None, limit: int | None = None) -> list[DocumentSummary]:
+        """Documents without their text, ordered by id.
+
+        Args:
+            after: Id that the listed ones come after; None begins with the first.
+            limit: Largest number of documents; None lists all.
+        """
         n_tokens = func.coalesce(func.sum(PassageRow.n_tokens), 0)
         statement = (
             select(DocumentRow, func.count(PassageRow.id), func.count(PassageRow.text), n_tokens)
@@ -150,12 +161,22 @@ class Documents:
             .where(DocumentRow.collection_id == self.collection_id)
             .group_by(DocumentRow.id)
             .order_by(DocumentRow.document_id)
+            .limit(limit)
         )
+        if after is not None:
+            statement = statement.where(DocumentRow.document_id > after)
         with self.catalog.read() as session:
             return [
                 DocumentSummary(**_shared(row), n_passages=n_passages, n_texts=n_texts, n_tokens=n_tokens)
                 for row, n_passages, n_texts, n_tokens in session.execute(statement)
             ]
+
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """The metadata of all documents by id."""
+        rows = select(DocumentRow.document_id, DocumentRow.details)
+        with self.catalog.read() as session:
+            found = session.execute(rows.where(DocumentRow.collection_id == self.collection_id))
+            return {document_id: details for document_id, details in found}
 
     def has_document(self, id: str) -> bool:
         """Whether the collection has a document with this id."""
@@ -195,6 +216,18 @@ class Documents:
         """All passages, ordered by document id and ordinal."""
         with self.catalog.read() as session:
             return [StoredPassage(**row._asdict()) for row in session.execute(_passages(self.collection_id, *_STORED))]
+
+    def vectors(self) -> list[StoredVector]:
+        """The vectors of all passages, ordered by document id and ordinal."""
+        columns = (DocumentRow.document_id, PassageRow.ordinal, PassageRow.text_sha256, *_VECTOR)
+        with self.catalog.read() as session:
+            return [StoredVector(**row._asdict()) for row in session.execute(_passages(self.collection_id, *columns))]
+
+    def documents_without_vectors(self, encoder: str) -> set[str]:
+        """The ids of documents with a passage that has no vector of this encoder."""
+        lacking = _passages(self.collection_id, DocumentRow.document_id).where(PassageRow.encoder != encoder)
+        with self.catalog.read() as session:
+            return set(session.scalars(lacking.order_by(None).distinct()))
 
     def missing(self, fingerprint: Fingerprint, keep_ratio: float | Keep) -> list[StoredPassage]:
         """The passages without a cache under these settings, ordered by document id and ordinal."""
@@ -256,6 +289,13 @@ def _check(record: DocumentRecord) -> None:
         )
 
 
+def _values(passage: PassageRecord) -> dict[str, Any]:
+    """A passage's columns: terms serve retrieval where the text is not kept, and headings are text too."""
+    if passage.text is not None:
+        return {**vars(passage), "terms": None}
+    return {**vars(passage), "terms": passage.terms and dict(passage.terms), "headings": ""}
+
+
 def _row(session: Session, collection_id: int, document_id: str) -> DocumentRow | None:
     return session.scalar(
         select(DocumentRow).where(DocumentRow.collection_id == collection_id, DocumentRow.document_id == document_id)
@@ -285,7 +325,9 @@ def _shared(row: DocumentRow) -> dict[str, Any]:
 
 
 def _record(session: Session, row: DocumentRow) -> DocumentRecord:
-    passages = session.execute(select(*_PASSAGE).where(PassageRow.document_pk == row.id).order_by(PassageRow.ordinal))
+    passages = session.execute(
+        select(*_PASSAGE, *_VECTOR).where(PassageRow.document_pk == row.id).order_by(PassageRow.ordinal)
+    )
     return DocumentRecord(**_shared(row), passages=tuple(PassageRecord(**each._asdict()) for each in passages))
 
 

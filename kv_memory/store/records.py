@@ -19,8 +19,13 @@ class PassageRecord:
         text: Exact text that is tokenised; None if it is not kept.
         text_sha256: SHA-256 hex digest of the UTF-8 text, the key of its distilled caches. Computed from the text
             unless given.
-        terms: Hashes of words with their counts, for retrieval if the text is not kept; without them, no question finds
-            the passage.
+        terms: Hashes of words and stems with their counts, for retrieval if the text is not kept; without them, no
+            question finds the passage.
+        language: ISO 639 code of the language whose stems it is found by; empty for words only.
+        headings: Headings above it in its document, one a line; not stored where the text is not kept, because their
+            words are among the terms.
+        encoder: Name of the encoder that made the vector; empty without one.
+        vector: Vector of the passage, for retrieval: little-endian float16 numbers.
 
     Raises:
         UnreadableDocumentError: The text has half a surrogate pair, which UTF-8 cannot encode.
@@ -31,6 +36,10 @@ class PassageRecord:
     n_tokens: int
     text_sha256: str = ""
     terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
+    language: str = ""
+    headings: str = ""
+    encoder: str = ""
+    vector: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.text_sha256:
@@ -113,6 +122,19 @@ class StoredPassage:
     n_tokens: int
     metadata: dict[str, Any]
     terms: Mapping[str, int] | None = field(default=None, repr=False, hash=False)
+    language: str = ""
+    headings: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredVector:
+    """The vector of a passage; fields are as in `PassageRecord` and `StoredPassage`."""
+
+    document_id: str
+    ordinal: int
+    text_sha256: str
+    encoder: str
+    vector: bytes | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,11 @@ class Store(Caches):
         store.uses = self.uses
         return store
 
+    def collections(self) -> list[str]:
+        """Names of all collections of this store, in alphabetical order."""
+        with self.catalog.read() as session:
+            return list(session.scalars(select(CollectionRow.name).order_by(CollectionRow.name)))
+
     def close(self) -> None:
         """Write buffered data and close the connections."""
         self.uses.flush()

@@ -23,7 +23,7 @@ import torch
 
 from kv_memory.compress.adapter import Adapter
 from kv_memory.datasets import Example
-from kv_memory.errors import TrainingError
+from kv_memory.errors import ConfigError, TrainingError
 from kv_memory.train.adapters import Stage, parameters_of
 from kv_memory.train.batches import Batches
 from kv_memory.train.checkpoints import Checkpoint, Checkpoints, RunState, check_resumable, identity, replace_folder
@@ -61,6 +61,7 @@ class Trainer:
     Raises:
         TrainingError: Accelerate is not installed.
         DatasetError: There are no examples.
+        ConfigError: The model was loaded with int8 weights.
     """
 
     def __init__(
@@ -74,6 +75,12 @@ class Trainer:
         held_out: Sequence[Example] = (),
         on_progress: Callable[[TrainProgress], None] | None = None,
     ) -> None:
+        if adapter.backbone.weights != "plain":
+            raise ConfigError(
+                f"an adapter cannot be trained on {adapter.backbone.weights} weights",
+                where="weights",
+                next_step="Load the model with weights='plain'.",
+            )
         self.settings = settings
         self._adapter = adapter
         self._examples = examples

@@ -193,6 +193,30 @@ def test_ask_options_reach_the_decoder(kv: Run, store: Path) -> None:
     assert len(kv("ask", "ferry lighthouse", "--json", "--top-k", 2).json["sources"]) == 2
 
 
+def test_ask_with_int8_weights(kv: Run, store: Path) -> None:
+    asked = ("ask", "When does the ferry leave?", "--max-new-tokens", 4, "--json")
+    assert kv(*asked, "--weights", "int8").json["text"]
+    refused = kv(*asked, "--weights", "int3")
+    assert refused.code != 0 and refused.json["error"]["where"] == "weights"
+
+
+def test_ask_searches_the_documents_it_is_told(kv: Run, store: Path) -> None:
+    def sources(*options: object) -> list[str]:
+        found = kv("ask", "ferry lighthouse", "--json", "--max-new-tokens", 1, *options).json["sources"]
+        return sorted(source["document_id"] for source in found)
+
+    everything = sources()
+    assert "ferry" in everything and len(everything) > 1
+    assert sources("--id", "ferry") == ["ferry"]
+    assert sources("--min-score", 1000) == []
+    with KVMemory.open(store, keep_ratio=0.5) as memory:
+        memory.add([("dated", "A lighthouse.", {"year": 1900, "place": "pier"})])
+    assert sources("--where", "year=1900", "--where", "place=pier", "--where", "place=quay") == ["dated"]
+    assert kv("ask", "ferry", "--id", "nowhere").code == 1
+    assert "Did you mean 'place'" in kv("ask", "ferry", "--where", "plaec=pier").err
+    assert "--where must be NAME=VALUE" in kv("ask", "ferry", "--where", "pier").err
+
+
 def test_ask_prints_answer_sources_and_time(kv: Run, store: Path) -> None:
     ask = ["ask", "When does the ferry to Skarholm leave?", "--max-new-tokens", "12"]
     text = kv(*ask, "--json").json["text"]
@@ -205,7 +229,7 @@ def test_ask_prints_answer_sources_and_time(kv: Run, store: Path) -> None:
 def test_a_question_without_a_known_word_is_reported(kv: Run, store: Path) -> None:
     done = kv("ask", "xyzzy")
     assert (done.code, done.out) == (0, "")
-    assert "No passage shares a word" in done.err
+    assert "No passage matches the question" in done.err
     assert kv("ask", "xyzzy", "--json").json["finish_reason"] == "no_sources"
 
 
@@ -274,7 +298,8 @@ def test_texts_are_kept_only_on_request(kv: Run, quick: list[str], tmp_path: Pat
     (listed,) = kv("list", "--json").json["documents"]
     assert (listed["n_passages"], listed["n_texts"]) == (1, 0) and " kept " not in kv("list").out
     (passage,) = kv("show", "notes.txt", "--json").json["document"]["passages"]
-    assert passage["text"] is None and set(passage) == {"text", "n_tokens", "text_sha256"}
+    assert passage["text"] is None and passage["headings"] == ""
+    assert set(passage) == {"text", "n_tokens", "text_sha256", "headings", "language", "encoder"}
     assert "(its text is not kept)" in kv("show", "notes.txt").out
     ask = ("ask", "Who is the keeper?", "--max-new-tokens", 4, "--json")
     (source,) = kv(*ask).json["sources"]

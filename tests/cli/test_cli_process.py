@@ -23,7 +23,8 @@ from tests.cli.ran import Ran
 Start = Callable[..., "subprocess.Popen[str]"]
 GROUPS = {
     "": "add ask chat list show remove export import budget pin unpin check gc stats models train eval advise report "
-    "demo",
+    "demo serve",
+    "keys": "create list revoke",
     "db": "init current upgrade",
     "job": "run list show resume cancel",
 }

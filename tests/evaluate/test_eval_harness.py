@@ -56,6 +56,18 @@ def test_full_has_zero_kl_and_compression_raises_it(roomy: Any, data: Path) -> N
     assert {row.n_documents for row in result.rows} == {2}
 
 
+def test_int8_weights_are_measured_against_plain_ones(roomy: Any, data: Path, tmp_path: Path) -> None:
+    quick = wide_backbone()
+    quick = type(quick)(quick.model, quick.tokenizer, prompt=quick.prompt, name=quick.name, weights="int8")
+    methods = ["full", "none", "attention"]
+    plain, int8 = (run(one, data, methods=methods, generate=False, out=tmp_path) for one in (roomy, quick))
+    assert [row.method for row in int8.rows] == ["attention@int8", "full@int8", "none@int8"]
+    kl = means(plain, "kl") | means(int8, "kl")
+    assert kl["full", None] == 0
+    assert 0 < (kl["full@int8", None] or 0) < (kl["none@int8", None] or 0)
+    assert kl["attention@int8", 0.25] == pytest.approx(kl["attention", 0.25], rel=0.5)
+
+
 def test_each_task_reports_its_own_metrics(roomy: Any, data: Path) -> None:
     applies = {
         "squad": {"f1", "em", "contains"},
@@ -261,6 +273,7 @@ def test_the_adapter_with_and_without_its_lora(data: Path) -> None:
         ({"methods": ["random"], "keep_ratios": [0.0]}, r"keep_ratio must lie in \(0, 1\]"),
         ({"methods": ["random"], "keep_ratios": []}, "no keep_ratio is given"),
         ({"layout": "loose"}, "unknown layout 'loose'"),
+        ({"rank_bias": 1}, "rank_bias must be a number, 0 or less"),
         ({"storage": "int4"}, "unknown storage 'int4'"),
         ({"time_limit_s": 0}, "time limit must be above 0"),
     ],

@@ -144,6 +144,15 @@ def test_passages_are_compressed_separately_and_composed(roomy: Any, articles: P
     assert rows[2, "none"].seconds_per_document is None
 
 
+def test_a_rank_bias_applies_to_the_other_passages_alone(roomy: Any, articles: Path, tmp_path: Path) -> None:
+    plain, biased = (by_name(run(roomy, articles, out=tmp_path, rank_bias=bias)) for bias in (0, -2))
+    for key in plain:
+        same = key[0] == 1 or key[1] in {"full", "none"}
+        for name in ("kl", "nll"):
+            assert (biased[key].means[name] == pytest.approx(plain[key].means[name], abs=1e-6)) == same, (key, name)
+    assert biased[2, "full+joined"].means["kl_joined"] == 0
+
+
 def test_metrics_of_generated_answers(roomy: Any, articles: Path) -> None:
     settings = {"n_documents": 1, "k": (2,), "n_places": 1}
     for row in run(roomy, articles, methods=["full"], generate=True, settings=settings).rows:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from kv_memory.errors import ConfigError, DocumentNotFoundError
-from kv_memory.retrieval.bm25 import CollectionIndex, Hit
-from kv_memory.retrieval.tokenize import terms_of
+from kv_memory.retrieval.hashed_terms import terms_of
+from kv_memory.retrieval.retriever import Hit, Retriever
 from kv_memory.store import StoredPassage
 
 
@@ -43,17 +43,20 @@ class Shelf:
         self.n_reads += 1
         return self.found
 
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        return {passage.document_id: passage.metadata for passage in self.found}
+
     def passage(self, document_id: str, ordinal: int) -> StoredPassage:
         for passage in self.found:
             if (passage.document_id, passage.ordinal) == (document_id, ordinal):
                 return passage
         raise DocumentNotFoundError(f"no {document_id}")
 
-    def open(self, folder: Path, *, revision: int = 1) -> CollectionIndex:
+    def open(self, folder: Path, *, revision: int = 1) -> Retriever:
         """The index in a folder, loaded or built."""
         self.index_folder, self.revision = folder, revision
         collection: Any = self
-        index = CollectionIndex(collection)
+        index = Retriever(collection)
         index.retrieve("", top_k=1)
         return index
 

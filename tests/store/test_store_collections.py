@@ -10,7 +10,7 @@ import pytest
 from store_samples import FINGERPRINT, OTHER, document, equal, held, make_cache, samples_of, sha
 
 from kv_memory.errors import KVMemoryError
-from kv_memory.retrieval.bm25 import CollectionIndex
+from kv_memory.retrieval.retriever import Retriever
 from kv_memory.store import Store, export_collection, import_archive
 
 
@@ -50,9 +50,7 @@ LOOKUPS: dict[str, Callable[[Store], object]] = {
     "settings": lambda store: store.settings(),
     "prefix": lambda store: [store.get_prefix(key) is not None for key in ("same", "of one", "of two")],
     "unreferenced": lambda store: store.check().unreferenced,
-    "index": lambda store: [
-        (h.document_id, h.metadata) for h in CollectionIndex(store).retrieve("both one two", top_k=9)
-    ],
+    "index": lambda store: [(h.document_id, h.metadata) for h in Retriever(store).retrieve("both one two", top_k=9)],
 }
 EXPECTED: dict[str, Callable[[str], object]] = {
     "documents": lambda name: [(f"id of {name}", {}), ("same", {"of": name})],

@@ -18,8 +18,8 @@ from kv_memory.errors import CorruptCacheError, DocumentNotFoundError, StoreLock
 from kv_memory.jobs.job_tables import JobRow, TaskRow
 from kv_memory.jobs.ledger import forget_documents
 from kv_memory.memory import KVMemory
-from kv_memory.retrieval.bm25 import CollectionIndex
-from kv_memory.retrieval.tokenize import hash_word
+from kv_memory.retrieval.hashed_terms import hash_word
+from kv_memory.retrieval.retriever import Retriever
 from kv_memory.store import Store, export_collection, import_archive
 from kv_memory.store.sql import engine
 from tests.memories import FERRY, FERRY_QUESTION, LAMP_QUESTION, SETTINGS, open_memory
@@ -51,7 +51,7 @@ def test_only_the_owner_can_read_stored_files(tmp_path: Path) -> None:
         store.put(sha("text"), make_cache(1))
         info = store.put(sha("damaged"), make_cache(2))
         store.put_prefix("p", b"prefix")
-        assert CollectionIndex(store).retrieve("text", top_k=1)
+        assert Retriever(store).retrieve("text", top_k=1)
         blob_file(store, info.blob_key).write_bytes(b"x")
         with pytest.raises(CorruptCacheError):
             store.get(sha("damaged"), FINGERPRINT, 0.25)
@@ -100,7 +100,7 @@ def fill_with_secrets(store: Store) -> tuple[dict[str, bytes], dict[str, bytes]]
 
 def test_purging_leaves_no_bytes_of_a_document(store: Store) -> None:
     secret, public = fill_with_secrets(store)
-    assert CollectionIndex(store).retrieve("xylophone", top_k=1)
+    assert Retriever(store).retrieve("xylophone", top_k=1)
     secret |= {"word": hash_word("xylophone").encode()}  # the index has hashes of words
     with store.catalog.write() as session:
         job = JobRow(name="j", collection_id=store.collection_id, state="done", sources={}, settings={})
@@ -117,9 +117,7 @@ def test_purging_leaves_no_bytes_of_a_document(store: Store) -> None:
     assert held(store.path, public) == set(public)
     assert store.check().ok and [d.id for d in store.documents()] == ["public-id-0123456789"]
     assert equal(store.get(sha(PUBLIC), FINGERPRINT, 0.25), make_cache(101, n_kept=40))
-    assert [hit.document_id for hit in CollectionIndex(store).retrieve("zwiebelturm", top_k=1)] == [
-        "public-id-0123456789"
-    ]
+    assert [hit.document_id for hit in Retriever(store).retrieve("zwiebelturm", top_k=1)] == ["public-id-0123456789"]
     with store.catalog.read() as session:
         assert session.scalars(select(TaskRow.document_id)).all() == ["public-id-0123456789"]
 

@@ -11,6 +11,7 @@ from kv_memory.compress.kept import pad
 from kv_memory.compress.refine.batching import Entries, Row, RowBatch, batch_rows, gather_entries
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.first_token import FirstToken
+from kv_memory.model.int8_weights import plain_weights
 from kv_memory.model.kv_cache import PositionedCache
 
 _DECODED_TOKENS = 4096  # most prompt tokens of the rows that are decoded as one batch
@@ -101,7 +102,7 @@ class Teacher:
             draws = [torch.Generator().manual_seed(seeds[i]) for i in batch.index] if temperature and seeds else None
             last = batch.ids.gather(1, batch.lengths[:, None] - 1).flatten().tolist()
             openings = [FirstToken(tokenizer=self._backbone.tokenizer, end_ids=ends, behind=token) for token in last]
-            with self._behind(batch.documents) as cache:
+            with self._behind(batch.documents) as cache, plain_weights():  # caches do not depend on int8 weights
                 texts = self._go_on(batch, cache, most, ends, openings if as_answers else None, draws, temperature)
             found.update(zip(batch.index, texts, strict=True))
         return [found[index] for index in range(len(rows))]

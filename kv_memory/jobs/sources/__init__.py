@@ -19,6 +19,7 @@ from kv_memory.jobs.sources.files import FileSource, is_pattern
 from kv_memory.jobs.sources.row_files import HubSource, JsonLinesSource, ParquetSource, parse_hub_name
 from kv_memory.jobs.sources.source import ReadItem, Source
 from kv_memory.jobs.sources.sql import SqlSource, check_url
+from kv_memory.jobs.sources.uploads import UploadSource
 
 __all__ = ["Sources", "name_of", "parse_sources"]
 
@@ -103,6 +104,8 @@ def _source_of(number: int, spec: dict[str, Any], settings: JobSettings) -> Sour
         return SqlSource(number, spec["url"], spec["query"], settings)
     if kind == "hub":
         return HubSource(spec["name"], settings)
+    if kind == "uploads":
+        return UploadSource(Path(spec["path"]))
     if kind == "docstore":
         return DocstoreSource(Path(spec["path"]))
     if kind == "files":

@@ -8,13 +8,26 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, DateTime, Double, ForeignKey, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Double,
+    ForeignKey,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 # The newest migration. Written here, so that opening a store at head need not import Alembic; a test checks it.
-SCHEMA_HEAD = "0002"
+SCHEMA_HEAD = "0003"
+_EMPTY = text("''")  # a default of the database, for rows from before their column
 
 
 def utc_now() -> datetime:
@@ -101,9 +114,15 @@ class PassageRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     document_pk: Mapped[int] = mapped_column(ForeignKey("document.id", ondelete="CASCADE"))
     ordinal: Mapped[int]
-    # The text, if the user asked to keep it; otherwise hashes of its words with their counts, for retrieval.
+    # The text and the headings above it, if the user asked to keep texts; otherwise hashes of their words and stems
+    # with their counts, for retrieval.
     text: Mapped[str | None] = mapped_column(Text)
+    headings: Mapped[str] = mapped_column(Text, server_default=_EMPTY)
     terms: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    language: Mapped[str] = mapped_column(String(8), server_default=_EMPTY)
+    # The vector that an encoder made of it, for retrieval; the name is empty without one.
+    encoder: Mapped[str] = mapped_column(String(255), server_default=_EMPTY)
+    vector: Mapped[bytes | None] = mapped_column(LargeBinary)
     text_sha256: Mapped[str] = mapped_column(String(64), index=True)
     n_tokens: Mapped[int]
 

@@ -58,6 +58,26 @@ async def test_documents_come_with_their_cache(memory: KVMemory) -> None:
     assert KVMemoryRetriever(memory).invoke("xylophone") == []
 
 
+@pytest.mark.parametrize("kind", [KVMemoryRetriever, KVMemoryIndex])
+def test_search_kwargs_choose_documents(memory: KVMemory, kind: Any) -> None:
+    memory.add([("old", "The lamp of the ferry.", {"year": 1900})])
+
+    def found(**search_kwargs: Any) -> list[str | None]:
+        return [document.id for document in kind(memory, search_kwargs=search_kwargs).invoke("ferry lamp")]
+
+    assert len(found()) == 3
+    assert {str(id_).partition("#")[0] for id_ in found(filter={"year": [1900, 1921]})} == {"old", "lamp"}
+    assert {str(id_).partition("#")[0] for id_ in found(document_ids=["ferry"])} == {"ferry"}
+    assert found(min_score=1000) == []
+    with pytest.raises(ConfigError, match="Did you mean 'filter'"):
+        found(filters={})
+
+
+def test_search_kwargs_are_not_for_other_retrievers(memory: KVMemory) -> None:
+    with pytest.raises(ConfigError, match="another retriever"):
+        KVMemoryRetriever(memory, retriever=fixed(LAMP), search_kwargs={"min_score": 1})
+
+
 async def test_passages_without_texts_are_answered_from_their_caches(bare: KVMemory, memory: KVMemory) -> None:
     found = KVMemoryRetriever(bare, k=1).invoke(LAMP_QUESTION)
     assert found == [

@@ -9,9 +9,10 @@ from llama_index.core import Document, MockEmbedding, StorageContext, VectorStor
 from llama_index.core.node_parser import HierarchicalNodeParser, get_leaf_nodes
 from llama_index.core.retrievers import AutoMergingRetriever, BaseRetriever, QueryFusionRetriever
 from llama_index.core.schema import ImageNode, IndexNode, MetadataMode, NodeWithScore, TextNode
+from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
 
 from kv_memory import CacheNotFoundError, ConfigError, FingerprintMismatchError, KVMemory, TextNotKeptError
-from kv_memory.errors import EmptyDocumentError
+from kv_memory.errors import EmptyDocumentError, UnsupportedRequestError
 from kv_memory.integrations.llama_index import (
     KVMemoryLLM,
     KVMemoryQueryEngine,
@@ -135,6 +136,24 @@ def test_the_store_retriever_finds_passages_of_the_memory(memory: KVMemory, retr
     assert found.node.get_content(metadata_mode=MetadataMode.LLM) == LAMP  # `year` is for filters
     assert found.node.metadata == {"year": 1921, "kv_id": key_of(LAMP)}
     assert len(retrieve(KVMemoryStoreRetriever(memory), "the ferry and the lamp")) == 2
+
+
+def test_the_stores_retriever_filters_documents(memory: KVMemory) -> None:
+    def found(**options: Any) -> set[str]:
+        own = KVMemoryStoreRetriever(memory, **options)
+        return {item.node.ref_doc_id for item in own.retrieve("the ferry and the lamp")}
+
+    memory.add([("old", "The lamp of the ferry.", {"year": 1900})])
+    year = MetadataFilter(key="year", value=1900)
+    assert found(filters=MetadataFilters(filters=[year])) == {"old"}
+    some = MetadataFilter(key="year", value=[1900, 1950], operator=FilterOperator.IN)
+    assert found(filters=MetadataFilters(filters=[some])) == {"old"}
+    assert found(doc_ids=["ferry"]) == {"ferry"}
+    assert found(min_score=1000) == set()
+    above = MetadataFilter(key="year", value=1900, operator=FilterOperator.GT)
+    for filters in (MetadataFilters(filters=[above]), MetadataFilters(filters=[year], condition="or")):
+        with pytest.raises(UnsupportedRequestError, match="filters"):
+            KVMemoryStoreRetriever(memory, filters=filters)
 
 
 @BOTH
