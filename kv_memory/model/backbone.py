@@ -307,13 +307,17 @@ class Backbone(PromptEncoder):
         *,
         lengths: torch.Tensor | None = None,
         context: ForwardContext | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Prefill tokens into a cache, without computing logits; arguments as in `logits`.
+
+        With `positions` of the tokens, `(batch, n)`, they do not follow the cache's last token.
 
         Returns:
             `(batch, n, hidden_size)`, input of the language model head.
         """
-        return self._forward(self.decoder, ids, cache, lengths=lengths, context=context)[0]  # type: ignore[no-any-return]
+        out = self._forward(self.decoder, ids, cache, lengths=lengths, context=context, positions=positions)
+        return out[0]  # type: ignore[no-any-return]
 
     def logits(
         self,
@@ -327,7 +331,7 @@ class Backbone(PromptEncoder):
         """Prefill tokens into a cache and return the logits for the next token.
 
         Args:
-            ids: `(batch, n)` token ids, padded on the right.
+            ids: `(batch, n)` token ids, padded on the right; or their embeddings, `(batch, n, hidden_size)`.
             cache: Cache to extend by `n` entries.
             lengths: `(batch,)`, real tokens per row; None if no row has padding.
             every: Return the logits after every token, not only after the last.
@@ -407,7 +411,7 @@ class Backbone(PromptEncoder):
         positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        ids = ids.to(self.device)  # (batch, n)
+        ids = ids.to(self.device)  # (batch, n), or (batch, n, hidden_size)
         n = ids.shape[1]
         positions = self._enter(cache, n, positions=positions, lengths=lengths)
         context = context or ForwardContext()
@@ -451,9 +455,10 @@ class Backbone(PromptEncoder):
         context: ForwardContext,
         **kwargs: Any,
     ) -> Any:
+        inputs = {"inputs_embeds" if ids.is_floating_point() else "input_ids": ids}
         with self.lock:
             return module(
-                input_ids=ids,
+                **inputs,
                 position_ids=positions,
                 use_cache=True,
                 kv_memory=context,
