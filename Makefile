@@ -131,6 +131,8 @@ bench: $(READY)
 	@$(BIN)/python benchmarks/ttft.py --goals --lengths 4096 --model qwen-0.5b
 	@$(BIN)/python benchmarks/store.py --goals --entries 1000
 	@$(BIN)/python benchmarks/steady.py
+	@$(BIN)/python benchmarks/batching.py
+	@$(BIN)/python benchmarks/batching.py --model qwen-0.5b --new-tokens 32
 
 # The shipped adapter is the outcome of three runs: at full strength, then with the strength that the keep ratio asks for
 # (the best checkpoint), then on longer and other documents (the last one). Each goes on where it was stopped.

@@ -1,8 +1,7 @@
 """Questions asked at once against the same questions one by one: tokens a second, total time, time to first token.
 
-    python benchmarks/batching.py                      # a table
-    python benchmarks/batching.py --json               # one JSON object a row: `path ratio goal`, and its parts
-    python benchmarks/batching.py --model qwen-0.5b --folder /tmp/store    # the store is kept there for the next run
+    python benchmarks/batching.py                      # the ratios against their goals, kept in results/
+    python benchmarks/batching.py --model qwen-0.5b --paths together --folder /tmp/store    # the store is used again
 
 Every question is about a document of its own. Answers are decoded greedily to the same length, whatever their text is:
 end tokens and stop strings end none, so that both ways decode the same number of tokens. The two ways take turns; each
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.metadata
-import json
 import statistics
 import tempfile
 import threading
@@ -29,6 +27,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from results import keep_rows
 
 from kv_memory import DecodeSettings, KVMemory
 from kv_memory.config import ratio_of
@@ -50,13 +50,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of both ways (default: 3)")
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS, help="what to measure (default: all)")
     parser.add_argument("--folder", type=Path, help="folder of a store to make, or to use again")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() if args.folder is None else nullcontext(args.folder) as folder:
         texts = make(args, Path(folder) / args.model)
-        for name in args.paths:
-            row = {"path": name, "model": args.model, **PATHS[name](args, Path(folder) / args.model, texts)}
-            print(json.dumps(row) if args.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        measured = {name: PATHS[name](args, Path(folder) / args.model, texts) for name in args.paths}
+    rows = [(f"{name}, {args.model}", one.pop("ratio"), one.pop("goal")) for name, one in measured.items()]
+    details = {f"{name}_{key}": value for name, one in measured.items() for key, value in one.items()}
+    keep_rows(f"batching-{args.model.replace('/', '-')}", rows, **details)
 
 
 def make(args: argparse.Namespace, folder: Path) -> list[str]:
@@ -176,7 +176,7 @@ def first_token(args: argparse.Namespace, folder: Path, texts: list[str], **opti
             rounds.append((statistics.median(alone), statistics.median(both), max(both)))
     return {
         "ratio": round(statistics.median(both / alone for alone, both, _ in rounds), 2),
-        "goal": None,
+        "goal": "-",
         "alone_s": round(statistics.median(alone for alone, _, _ in rounds), 4),
         "at_once_s": round(statistics.median(both for _, both, _ in rounds), 4),
         "last_s": round(statistics.median(last for _, _, last in rounds), 4),
