@@ -46,9 +46,9 @@ class RestoreTokens(nn.Module):
     @torch.no_grad()
     def start_from(self, backbone: Backbone) -> None:
         """Start from the embeddings of a request for a summary, repeated as often as needed."""
-        embeddings = backbone.model.get_input_embeddings().weight
-        ids = torch.tensor(backbone.encode(_START), device=embeddings.device)
-        self.embeddings.copy_(embeddings[ids[torch.arange(len(self.embeddings)) % len(ids)]])
+        ids = torch.tensor(backbone.encode(_START), device=backbone.device)
+        embeddings = backbone.model.get_input_embeddings()(ids)  # of some models, scaled
+        self.embeddings.copy_(embeddings[torch.arange(len(self.embeddings)) % len(ids)])
 
 
 class _EveryToken:
