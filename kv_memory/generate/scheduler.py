@@ -29,7 +29,7 @@ from kv_memory.model.kv_cache import PositionedCache
 MAX_BATCH = 16
 MAX_QUEUE = 256
 CHUNK_TOKENS = 512  # prompt tokens a step, so that a long prompt does not keep the others from decoding
-ALONE_TOKENS = 1 << 30
+ALONE_TOKENS = 1024  # of a prompt that is alone, so that one that comes meanwhile does not wait for all of it
 _Row = tuple[Request, list[int]]  # a request and its tokens in a step
 
 

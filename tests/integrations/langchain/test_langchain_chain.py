@@ -64,12 +64,12 @@ async def test_no_document_text_is_prefilled(memory: KVMemory, llm: Any, wide: A
             await chain.ainvoke(values)
         else:
             _ = [piece async for piece in chain.astream(values)]
-    prefilled = [wide.tokenizer.decode(ids[0]) for ids in inputs if ids.shape[1] > 1]
-    assert len(prefilled) == (2 if way == "batch" else 1)
-    for text in prefilled:
-        assert "When?" in text
+    passes = [wide.tokenizer.decode(ids[0]) for ids in inputs]
+    assert "".join(passes).count("When?") == (2 if way == "batch" else 1)  # both may be in one pass
+    for text in passes:
         for word in {*FERRY.split(), *LAMP.split()}:
             assert len(word) < 4 or word not in text
+    for text in (text for text in passes if "When?" in text):
         assert (DOCUMENTS_ABOVE in text) == (name in ("system", "text"))
         assert ("Hello." in text) == (name in ("default", "system"))
         assert "kv_id" not in text and values["context"][0].metadata["kv_id"] not in text
