@@ -36,11 +36,8 @@ def serve(
             ) from error
         from kv_memory.serve.keys import Keys
     out.stopped = "The server has stopped; what was added is stored."
-    from kv_memory.memory import KVMemory
-
     batching = {"max_batch": limits.max_batch, "max_queue": limits.max_queue}
-    changes |= {name: n for name, n in batching.items() if name in (KVMemory.open.__kwdefaults__ or ())}
-    with place.open_memory(out, create=True, **changes) as memory:
+    with place.open_memory(out, create=True, **batching, **changes) as memory:
         listening = listen(host, port, Keys(memory.store))
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listening.getsockname()[1]}/v1"

@@ -45,6 +45,9 @@ def train(
     cache. First the scorer learns alone, from attention, then both by distillation. Any supported model works, on a
     CPU or a GPU; for several GPUs run `accelerate launch $(which kv-memory) train ...`.
 
+    With --set preset=restore it trains restore tokens instead: a few learned tokens behind each document that compete
+    with its own for the cache, where the selector `matched` chooses and fits.
+
     With --corpus the adapter is fitted to one set of documents, which then needs far smaller caches. Start from a
     general adapter (--init). A fifth of the documents is held out and listed in OUT/held_out.json.
 

@@ -1,6 +1,7 @@
-"""Adapter: the scorer and the routed LoRA of one model.
+"""Adapter: a routed LoRA of one model, and what decides where it acts: a scorer, or restore tokens.
 
-An adapter folder is an ordinary PEFT folder with two more files, `scorer.safetensors` and `kv_distill.json`.
+An adapter folder is an ordinary PEFT folder with two more files: `kv_distill.json`, and `scorer.safetensors` or
+`restore.safetensors`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kv_memory.compress.restore import RestoreTokens, check_restore_tokens
 from kv_memory.compress.routing import RoutedLinear, install_routing
 from kv_memory.compress.scorer import Scorer, ScorerKind
 from kv_memory.config import Budget, check_choice, check_keep_ratio
@@ -28,10 +30,11 @@ from kv_memory.errors import AdapterError, ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.embedded import built_in, recorded_name
 
-ADAPTER_VERSION = 3
+ADAPTER_VERSIONS = (3, 4)  # of the format; 4 has restore tokens
 Routed = Literal["kept", "document"]
 Target = Literal["q", "k", "v", "o"]
-_FILES = ("adapter_config.json", "adapter_model.safetensors", "scorer.safetensors", "kv_distill.json")
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "kv_distill.json")
+_HEADS = ("scorer.safetensors", "restore.safetensors")
 
 
 def default_eta(num_layers: int) -> int:
@@ -44,7 +47,7 @@ class AdapterConfig:
     """Contents of `kv_distill.json`.
 
     Attributes:
-        version: Version of the adapter format.
+        version: Version of the adapter format, see `ADAPTER_VERSIONS`.
         base_model: Name of the model the adapter was made for, for people; `base_weights` is what is compared.
         base_weights: Hash of that model's weights.
         architecture: Model type of that model.
@@ -62,9 +65,11 @@ class AdapterConfig:
         full_strength_ratio: Keep ratio up to which the LoRA acts in full, see `strength`; 1 for always, as in the
             paper.
         trained_steps: Number of optimiser steps; 0 for an untrained adapter.
+        restore_tokens: Number of restore tokens; 0 for an adapter with a scorer. With restore tokens, which alone go
+            through the LoRA, `matched` selects; eta, scorer, routed, budget and the like have no meaning.
     """
 
-    version: int = ADAPTER_VERSION
+    version: int = ADAPTER_VERSIONS[0]
     base_model: str
     base_weights: str
     architecture: str
@@ -79,6 +84,7 @@ class AdapterConfig:
     first_routed_layer: int = 0
     full_strength_ratio: float = 1.0
     trained_steps: int = 0
+    restore_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.eta <= self.num_layers:
@@ -100,6 +106,11 @@ class AdapterConfig:
                 next_step='Use routed="document", or scorer="head", or budget="head".',
             )
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields as recorded in `kv_distill.json`: format 3 knows no restore tokens."""
+        return {name: value for name, value in asdict(self).items() if name != "restore_tokens" or self.version > 3}
+
     def strength(self, keep_ratio: torch.Tensor) -> torch.Tensor:
         """Strength of the LoRA at a keep ratio: 1 up to `full_strength_ratio`, then falling with its logarithm.
 
@@ -120,7 +131,7 @@ class AdapterConfig:
 
 
 class Adapter:
-    """A scorer and a routed LoRA, attached to a backbone.
+    """A scorer or restore tokens, and a routed LoRA, attached to a backbone.
 
     Attaching inserts LoRA layers into the backbone's model. They act on routed tokens only: without a routing mask the
     model's logits are bit-identical to those before. A model carries one adapter at a time.
@@ -129,14 +140,16 @@ class Adapter:
         backbone: Model the adapter is attached to.
         config: Configuration of the adapter.
         peft_model: PEFT wrapper around the backbone's model.
-        scorer: Scorer on the backbone's device, float32.
+        head: Scorer or restore tokens, on the backbone's device, float32.
     """
 
-    def __init__(self, backbone: Backbone, config: AdapterConfig, peft_model: PeftModel, scorer: Scorer) -> None:
+    def __init__(
+        self, backbone: Backbone, config: AdapterConfig, peft_model: PeftModel, head: Scorer | RestoreTokens
+    ) -> None:
         self.backbone = backbone
         self.config = config
         self.peft_model = peft_model
-        self.scorer = scorer
+        self.head = head
         self._handles = install_routing(backbone.layers)
         lora: Any = peft_model.peft_config["default"]
         if "qkv_proj" in lora.target_modules:
@@ -159,6 +172,7 @@ class Adapter:
         budget: Budget = "head",
         first_routed_layer: int = 0,
         full_strength_ratio: float = 1.0,
+        restore_tokens: int = 0,
         seed: int = 0,
         zero_init: bool = True,
     ) -> Adapter:
@@ -182,7 +196,10 @@ class Adapter:
             budget=budget,
             first_routed_layer=first_routed_layer,
             full_strength_ratio=full_strength_ratio,
+            version=ADAPTER_VERSIONS[restore_tokens > 0],
+            restore_tokens=restore_tokens,
         )
+        check_restore_tokens(backbone, restore_tokens)
         lora_config = LoraConfig(
             r=rank,
             lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
@@ -194,7 +211,9 @@ class Adapter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft_model = _wrap(backbone, lora_config, None)
-            head = Scorer(config)
+            head = _head(config)
+        if isinstance(head, RestoreTokens):
+            head.start_from(backbone)
         return cls(backbone, config, peft_model, head.to(backbone.device))
 
     @classmethod
@@ -206,23 +225,26 @@ class Adapter:
                 was made for other weights than the backbone's.
         """
         folder = Path(folder)
-        next_step = f"An adapter is a folder with {', '.join(_FILES)}."
+        next_step = f"An adapter is a folder with {', '.join(_FILES)}, and {' or '.join(_HEADS)}."
         missing = [name for name in _FILES if not (folder / name).is_file()]
+        if not any((folder / name).is_file() for name in _HEADS):
+            missing.append(" or ".join(_HEADS))
         if missing:  # PEFT would look for a pickled adapter_model.bin, or on the hub
             raise AdapterError(
                 f"not an adapter folder: {', '.join(missing)} missing", where=str(folder), next_step=next_step
             )
         try:
             data = json.loads((folder / "kv_distill.json").read_text())
-            if data.get("version") != ADAPTER_VERSION or set(data) != {f.name for f in fields(AdapterConfig)}:
+            version, names = data.get("version"), {f.name for f in fields(AdapterConfig)}
+            if version not in ADAPTER_VERSIONS or set(data) != names - ({"restore_tokens"} if version == 3 else set()):
                 raise AdapterError(
-                    f"adapter has format version {data.get('version')}, this package reads {ADAPTER_VERSION}",
+                    f"adapter has format version {version}, this package reads {ADAPTER_VERSIONS}",
                     where=str(folder / "kv_distill.json"),
                     next_step="Use the version of kv-memory that made it, or train it again.",
                 )
             config = AdapterConfig(**data)
-            tensors = load_file(folder / "scorer.safetensors")
-        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+            tensors = load_file(folder / _HEADS[config.restore_tokens > 0])
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
         if config.base_weights != backbone.weights_sha256:
             base_model = recorded_name(config.base_model)
@@ -233,17 +255,17 @@ class Adapter:
                 next_step=f"Load {base_model}, or train an adapter for {backbone.name}.",
             )
         _refuse_second(backbone)
-        scorer = Scorer(config)
+        head = _head(config)
         try:
-            scorer.load_state_dict(tensors)
+            head.load_state_dict(tensors)
             peft_model = _wrap(backbone, LoraConfig.from_pretrained(str(folder)), folder)
         except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError, UserWarning) as error:
             _strip(backbone)  # PEFT inserts its layers before it loads their weights
             raise AdapterError(f"unreadable adapter: {error}", where=str(folder), next_step=next_step) from error
-        return cls(backbone, config, peft_model, scorer.to(backbone.device))
+        return cls(backbone, config, peft_model, head.to(backbone.device))
 
     def save(self, folder: Path | str) -> None:
-        """Write the adapter as a PEFT folder with `scorer.safetensors` and `kv_distill.json`."""
+        """Write the adapter as a folder, see the top of this module."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lora: Any = self.peft_model.peft_config["default"]
@@ -254,19 +276,30 @@ class Adapter:
         state = {n: p.to(self.backbone.dtype) for n, p in self.peft_model.named_parameters() if "lora_" in n}
         # Without this option PEFT looks up the base model on the hub, to see if its vocabulary grew.
         self.peft_model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
-        scorer = {name: tensor.cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
-        save_file(scorer, folder / "scorer.safetensors")
-        (folder / "kv_distill.json").write_text(json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n")
+        head = {name: tensor.cpu().contiguous() for name, tensor in self.head.state_dict().items()}
+        save_file(head, folder / _HEADS[self.config.restore_tokens > 0])
+        (folder / "kv_distill.json").write_text(json.dumps(self.config.record, indent=2, sort_keys=True) + "\n")
+
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer.
+
+        Raises:
+            AdapterError: The adapter has restore tokens instead.
+        """
+        if not isinstance(self.head, Scorer):
+            raise AdapterError("the adapter has restore tokens instead of a scorer", where=self.config.base_model)
+        return self.head
 
     @property
     def sha256(self) -> str:
         """Hash of everything that changes the adapter's effect; the same before saving and after loading."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.record, sort_keys=True).encode())
         lora: Any = self.peft_model.peft_config["default"]
         digest.update(f"{lora.r}:{lora.lora_alpha}:{lora.use_rslora}".encode())
         state: dict[str, torch.Tensor] = {
             **get_peft_model_state_dict(self.peft_model, save_embedding_layers=False),
-            **self.scorer.state_dict(),
+            **self.head.state_dict(),
         }
         for name, tensor in sorted(state.items()):
             digest.update(f"{name}:{tuple(tensor.shape)}".encode())
@@ -278,6 +311,10 @@ class Adapter:
         for handle in self._handles:
             handle.remove()
         _strip(self.backbone)
+
+
+def _head(config: AdapterConfig) -> Scorer | RestoreTokens:
+    return RestoreTokens(config) if config.restore_tokens else Scorer(config)
 
 
 def _modules(backbone: Backbone, targets: Sequence[Target]) -> list[str]:

@@ -33,6 +33,12 @@ def combined_selector(adapter: Adapter | None) -> Matched:
             where="selector",
             next_step="Pass one (`adapter`, `--adapter`), or use selector 'matched'.",
         )
+    if adapter.config.restore_tokens:
+        raise ConfigError(
+            "selector 'combined' needs an adapter with a scorer; this one has restore tokens",
+            where="selector",
+            next_step="Use selector 'matched'.",
+        )
     if adapter.config.routed == "kept":
         raise ConfigError(
             "selector 'combined' needs an adapter that routes whole documents; this one routes the tokens it keeps",

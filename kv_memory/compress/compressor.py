@@ -32,7 +32,8 @@ class Compressor:
 
     With an adapter: score, select, and prefill with the adapter's tokens routed through the LoRA (KV-Distill, arXiv
     2503.10337). Without one: prefill, let a training-free selector score and select; `matched` also fits the kept
-    entries.
+    entries. With an adapter's restore tokens: prefill, put them behind the document, and let `matched` select and fit
+    entries of both.
 
     Args:
         backbone: Model that prefills the documents.
@@ -47,7 +48,8 @@ class Compressor:
 
     Raises:
         ConfigError: The adapter belongs to another backbone, `combined` needs another adapter, the selector is
-            unknown, or the context window is too small for the prompt form, the selector or `window_tokens`.
+            unknown, restore tokens come with another selector than `matched` or with refinement, or the context window
+            is too small for the prompt form, the selector or `window_tokens`.
     """
 
     def __init__(
@@ -73,7 +75,10 @@ class Compressor:
         else:
             self.selector = selector
         self._combined = selector == "combined"
-        selects = self.selector if adapter is None or self._combined else None
+        restores = adapter is not None and adapter.config.restore_tokens > 0
+        if restores:
+            self._check_restores()
+        selects = self.selector if adapter is None or self._combined or restores else None
         self._windows = WindowCompressor(backbone, selects, adapter, routed=routed)
         extra = max(self._windows.extra_tokens, 0 if refine is None else refine.extra_tokens)
         room = backbone.context_window - len(backbone.prefix_ids)
@@ -100,21 +105,38 @@ class Compressor:
         self.window_tokens = window_tokens or most
         self._adapter_sha256 = adapter.sha256 if adapter is not None else ""  # here, while loading: hashes megabytes
 
+    def _check_restores(self) -> None:
+        if not isinstance(self.selector, Matched) or not self.routed:
+            raise ConfigError(
+                "an adapter with restore tokens works only with selector 'matched' and its LoRA",
+                where="selector",
+                next_step="Omit the selector, or use an adapter with a scorer.",
+            )
+        if self.refine is not None:
+            raise ConfigError(
+                "the entries of restore tokens cannot be refined",
+                where="refine",
+                next_step="Omit the refinement, or the adapter.",
+            )
+
     def fingerprint(self, *, keep_spans: str = "") -> Fingerprint:
         """Fingerprint of the caches that this compressor makes; `keep_spans` as in `Fingerprint`."""
         return replace(self._plain_fingerprint, keep_spans=keep_spans) if keep_spans else self._plain_fingerprint
 
     @cached_property  # its digest is cached with it
     def _plain_fingerprint(self) -> Fingerprint:
-        method, biased = self.selector.name, isinstance(self.selector, Matched)
-        if self.adapter is not None:
+        method, biased, eta = self.selector.name, isinstance(self.selector, Matched), None
+        if self.adapter is not None and self.adapter.config.restore_tokens:
+            method = f"restore+{method}"
+        elif self.adapter is not None:
             together = f"+{self.selector.name}" if self._combined else ""
             method, biased = f"{'adapter' if self.routed else 'adapter_selection'}{together}", False
+            eta = self.adapter.config.eta
         refined = "" if self.refine is None else f"|{self.refine.name}"
         return self.backbone.fingerprint(
             method=f"{method}|window:{self.window_tokens}{refined}",
             adapter=self._adapter_sha256,
-            eta=None if self.adapter is None else self.adapter.config.eta,
+            eta=eta,
             format_version=2 if biased or self.refine is not None else 1,  # version 2 has biases
         )
 
@@ -140,7 +162,7 @@ class Compressor:
     def prefill(self, text: str) -> PrefilledDocument:
         """Prefill one document to compress it at several ratios; work that does not depend on the ratio is done once.
 
-        With an adapter everything depends on the ratio, and nothing is saved. Otherwise the result holds the
+        With an adapter's scorer everything depends on the ratio, and nothing is saved. Otherwise the result holds the
         document's full cache in memory.
 
         Args:
@@ -150,7 +172,7 @@ class Compressor:
             EmptyDocumentError: The text is blank.
         """
         document = self._encode(text)
-        if self.adapter is not None:
+        if self.adapter is not None and not self.adapter.config.restore_tokens:
             return document
         windows = self._windows_of(document.ids, 1.0)
         return replace(document, windows=[self._windows.prefill([window]) for window in windows])

@@ -37,7 +37,8 @@ class HeadGroup:
     where: torch.Tensor  # `(heads, kept)`, positions of the kept entries
     keys: torch.Tensor  # `(heads, kept, head_dim)`, rotated
     values: torch.Tensor  # `(heads, kept, head_dim)`
-    weights: torch.Tensor  # `(heads, rows, kept)`, P of the kept entries; 0 for padding
+    bias: torch.Tensor  # `(heads, kept)`, biases of the entries before the fit, 0 for all but restore tokens
+    weights: torch.Tensor  # `(heads, rows, kept)`, P of the kept entries with their biases; 0 for padding
     real: torch.Tensor  # bool `(heads, kept)`; False for padding
     fixed: torch.Tensor  # bool `(heads, kept)`; entries that are neither moved nor biased
 
@@ -83,7 +84,7 @@ class HeadGroup:
                 target=weights @ values + share * missing,
                 weights=weights,
                 values=values,
-                **{name: getattr(self, name)[:, own] for name in ("where", "keys", "real", "fixed")},
+                **{name: getattr(self, name)[:, own] for name in ("where", "keys", "bias", "real", "fixed")},
             )
 
     def moved_weights(self, keys: torch.Tensor, bias: torch.Tensor, some: slice) -> torch.Tensor:
@@ -147,7 +148,7 @@ def output_errors(
 def fit_heads(heads: HeadGroup, settings: MatchSettings) -> FittedHeads:
     """Fit weights and values of the entries kept in some heads, so that they stand in for the whole document.
 
-    A head keeps its start (no bias, the given values) unless the fit is closer on its held-out rows.
+    A head keeps its start (the given biases and values) unless the fit is closer on its held-out rows.
     """
     values, n, n_real, fixed = heads.values, heads.n_learned, heads.n_real, heads.fixed
     row_scale = heads.row_scale
@@ -182,7 +183,7 @@ def fit_heads(heads: HeadGroup, settings: MatchSettings) -> FittedHeads:
     return FittedHeads(
         heads.keys,
         torch.where(better[:, None, None], fitted, values),
-        torch.where(better[:, None], weight.log(), 0.0),
+        heads.bias + torch.where(better[:, None], weight.log(), 0.0),
         every if bool(better.all()) else None,
     )
 
@@ -208,7 +209,7 @@ def refit_errors(heads: HeadGroup, fitted: FittedHeads, metric: torch.Tensor) ->
     """
     gram = fitted.gram
     if gram is None:
-        shares = heads.shares(heads.weights * fitted.bias.exp()[:, None])
+        shares = heads.shares(heads.weights * (fitted.bias - heads.bias).exp()[:, None])
         gram = shares.mT @ shares
     lower = torch.linalg.cholesky_ex(gram + _ridge(gram, _REFIT_RIDGE, heads.n_real)).L
     inverse = torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2).clamp_min(_TINY)

@@ -30,7 +30,7 @@ _UNEVEN = 1.5  # size of the largest head of a group relative to the smallest, a
 class HeadRows:
     """One KV head of one document, and the rows of the `group` query heads that share it."""
 
-    keys: torch.Tensor  # of prefix and document in their cache, `(n_prefix + n_tokens, head_dim)`, rotated
+    keys: torch.Tensor  # of prefix, document and restore tokens, `(n_prefix + n_tokens, head_dim)`, rotated
     values: torch.Tensor  # in the same shape
     n_prefix: int
     rows: ReferenceRows  # with `m` rows for each query head
@@ -38,6 +38,7 @@ class HeadRows:
     rest: torch.Tensor  # `(group, m)`, attention to prefix and own request
     target: torch.Tensor  # `(group, m, head_dim)`, output of the document's entries together
     metric: torch.Tensor  # `(head_dim, head_dim)`, M, mean over the query heads, times the weight of the layer
+    bias: torch.Tensor  # `(n_tokens,)`, 0 for all but restore tokens
 
 
 class KeptHead(NamedTuple):
@@ -69,7 +70,7 @@ def fitted_entries(heads: Sequence[KeptHead], settings: MatchSettings) -> list[F
     found = []
     for head in heads:
         keys, values = head.entries(head.of.n_prefix + head.kept)
-        found.append(FittedHeads(keys, values, values.new_zeros(len(keys))))
+        found.append(FittedHeads(keys, values, head.of.bias[head.kept]))
     for indices, group in _groups(heads, settings.max_final_rows, settings.rows_per_step) if settings.fit else ():
         parts = [(part.real, descend(part, fit_heads(part, settings), settings)) for part in group.parts()]
         for row, i in enumerate(indices):
@@ -139,6 +140,7 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
     keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))  # (heads, most kept, head_dim)
     # 3. Attention of the rows to the entries, relative to the full cache.
     logits = rows.logits(keys, where, slice(None))  # (heads, rows, most kept)
+    bias = torch.stack([head.of.bias[own] for head, own in zip(heads, inside, strict=True)]) * real
     return HeadGroup(
         rows=rows,
         total=total,
@@ -148,7 +150,8 @@ def _group_of(heads: Sequence[KeptHead], picked: Sequence[tuple[torch.Tensor, in
         where=where,
         keys=keys,
         values=values * real[..., None],
-        weights=logits.sub_(total[..., None]).exp_().mul_(real[:, None]),
+        bias=bias,
+        weights=logits.sub_(total[..., None]).add_(bias[:, None]).exp_().mul_(real[:, None]),
         real=real,
         fixed=pad_sequence([head.fixed for head in heads], batch_first=True),
     )

@@ -84,6 +84,7 @@ def extract(
     cache: PositionedCache,
     selected: torch.Tensor,
     *,
+    n_tokens: int,
     keep_ratio: float,
     fingerprint: Fingerprint,
     row: int = 0,
@@ -91,15 +92,14 @@ def extract(
 ) -> DistilledCache:
     """Extract the entries of the window in one row of a cache, with the rotary embedding removed from their keys.
 
-    `selected` is their mask, bool `(num_layers or 1, num_kv_heads or 1, n_tokens)`; `fitted` replaces them.
+    `selected` is their mask, bool `(num_layers or 1, num_kv_heads or 1, n)`; `fitted` replaces them. Entries from
+    `n_tokens` on, those of restore tokens, have the position of the last token.
     """
-    n_prefix, n_tokens = len(backbone.prefix_ids), selected.shape[-1]
+    n_prefix, n = len(backbone.prefix_ids), selected.shape[-1]
     mask = selected.expand(backbone.num_layers, backbone.num_kv_heads, -1)
     layers = [cache.layer(index) for index in range(backbone.num_layers)]
     keys, values = (
-        torch.cat(
-            [layer[part][row, :, n_prefix : n_prefix + n_tokens][own] for layer, own in zip(layers, mask, strict=True)]
-        )
+        torch.cat([layer[part][row, :, n_prefix : n_prefix + n][own] for layer, own in zip(layers, mask, strict=True)])
         for part in (0, 1)
     )  # (n_entries, head_dim) each, head by head
     check_finite(backbone, keys, values)
@@ -107,7 +107,7 @@ def extract(
     if fitted is not None:
         keys, values, bias = fitted.keys, fitted.values.to(values.dtype), fitted.bias.to(torch.float16)
     counts = mask.sum(-1)  # (num_layers, num_kv_heads)
-    inside = torch.arange(n_tokens, device=mask.device).expand_as(mask)[mask]  # (n_entries,)
+    inside = torch.arange(n, device=mask.device).clamp(max=n_tokens - 1).expand_as(mask)[mask]  # (n_entries,)
     free = backbone.rope.rotate_flat(
         keys, inside + n_prefix, counts.sum(1).tolist(), n_positions=cache.n_positions, inverse=True
     ).to(backbone.dtype)

@@ -161,7 +161,7 @@ class _Recorder:
         # 3. Prefill, on copies if a document has several rows. Hooks record 1 / r of the states that enter each layer.
         behind, ragged = cache, lengths if len(ids) > 1 else None
         if many > 1:
-            entries = gather_entries(self._backbone, cache, before - len(self._backbone.prefix_ids))
+            entries = gather_entries(self._backbone, cache)
             behind = entries.cache(torch.arange(len(rows), device=device).repeat_interleave(many))
         with self._backbone.lock, ExitStack() as hooks:  # locked: hooks would also see other threads' passes
             for index, module in enumerate(self._backbone.layers):

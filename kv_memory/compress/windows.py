@@ -50,15 +50,19 @@ class WindowCompressor:
 
     Several windows are prefilled side by side, each as if it were alone. Only an adapter by itself, and `matched`,
     take more than one; `batch_kind` says which ones. With an adapter, `selector` is the one whose scores join the
-    adapter's, or None.
+    adapter's, or None; with one that has restore tokens, it is the `Matched` that selects from their entries too.
     """
 
     def __init__(self, backbone: Backbone, selector: Selector | None, adapter: Adapter | None, *, routed: bool) -> None:
         self._backbone = backbone
         self._selector = selector
-        self._adapter = adapter
+        restores = adapter is not None and adapter.config.restore_tokens > 0
+        self._restore = adapter if restores else None
+        self._adapter = None if restores else adapter
         self._routed = routed
         self.extra_tokens = 0 if selector is None else selector.extra_tokens  # run behind a window at most
+        if self._restore is not None:
+            self.extra_tokens += self._restore.config.restore_tokens
 
     def batch_kind(self, n_tokens: int) -> object | None:
         """Properties that windows of a batch must share; None for a window that is compressed alone."""
@@ -83,7 +87,13 @@ class WindowCompressor:
             cache, chosen = self._choose(windows, prefilled)
             make = partial(extract, self._backbone, cache, fingerprint=fingerprint)
             return [
-                make(selected[..., : len(window.ids)], keep_ratio=window.keep_ratio, row=row, fitted=fitted)
+                make(
+                    selected if fitted is not None else selected[..., : len(window.ids)],
+                    n_tokens=len(window.ids),
+                    keep_ratio=window.keep_ratio,
+                    row=row,
+                    fitted=fitted,
+                )
                 for row, (window, (selected, fitted)) in enumerate(zip(windows, chosen, strict=True))
             ]
         except torch.OutOfMemoryError:
@@ -98,7 +108,8 @@ class WindowCompressor:
     ) -> tuple[PositionedCache, Sequence[tuple[torch.Tensor, FittedHeads | None]]]:
         """Cache of prefix and windows; and for each window the mask of the kept entries, and what they were fitted to.
 
-        A mask is bool, `(num_layers or 1, num_kv_heads or 1, n_tokens or more)`.
+        A mask is bool, `(num_layers or 1, num_kv_heads or 1, n_tokens or more)`; beside fitted entries, it has exactly
+        the document's tokens and its restore tokens.
         """
         backbone = self._backbone
         # 1. Keep a window in full: nothing is selected and nothing is routed.
@@ -122,7 +133,7 @@ class WindowCompressor:
         return cache, [(own, None) for own in selected.unbind(1)]  # of (num_layers or 1, batch, ...)
 
     def prefill(self, windows: Sequence[Window]) -> PrefilledWindow:
-        """Prefill windows without an adapter, and let the selector score; only their `ids` matter."""
+        """Prefill windows plainly, with restore tokens behind them, and let the selector score; only `ids` matter."""
         assert self._selector is not None
         backbone, selector = self._backbone, self._selector
         ids, lengths = pad([window.ids for window in windows], device=backbone.device)  # (batch, n_tokens), (batch,)
@@ -130,7 +141,9 @@ class WindowCompressor:
         if isinstance(selector, Matched):
             ragged = lengths if len(windows) > 1 else None
             backbone.prefill(ids, cache, lengths=ragged)
-            return PrefilledWindow(cache, selector.documents(backbone, ids, cache, lengths=ragged))
+            return PrefilledWindow(
+                cache, selector.documents(backbone, ids, cache, lengths=ragged, restore=self._restore)
+            )
         scores = selector.score(backbone, ids, cache).to(ids.device)
         check_finite(backbone, scores)
         return PrefilledWindow(cache, (scores[None, None] if scores.ndim == 1 else scores)[:, None])

@@ -95,14 +95,17 @@ def make_methods(
     """The methods with these names, in the order of `METHODS`; `seed` is that of `random`.
 
     Without names, these are all that can be run except for the parts of `matched`. Without an adapter, methods that
-    need one are left out; so is `combined` with an adapter that routes the tokens it keeps. `refine` and `refine_from`
+    need one are left out; so are those that an adapter's form rules out: `combined` where it routes the tokens it keeps
+    or has restore tokens, `adapter_selection` and `refined` where it has restore tokens. `refine` and `refine_from`
     are settings and starting point of `refined`; `auto` means the adapter if there is one, else `matched`.
 
     Raises:
         ConfigError: A name is unknown, or a method needs an adapter and `adapter` is None.
     """
     wanted = check_methods(names, has_adapter=adapter is not None, refine_from=refine_from)
-    if names is None and adapter is not None and adapter.config.routed == "kept":
+    if names is None and adapter is not None and adapter.config.restore_tokens:
+        wanted = [name for name in wanted if name not in ("adapter_selection", "combined", "refined")]
+    elif names is None and adapter is not None and adapter.config.routed == "kept":
         wanted.remove("combined")  # see `combined_selector`
     start = ("matched" if adapter is None else "adapter") if refine_from == "auto" else refine_from
     refine = refine or RefineSettings()

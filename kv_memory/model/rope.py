@@ -160,7 +160,8 @@ def _rotate_half(
     half = cos.shape[-1]
     in_chunks = keys.device.type == "cpu" and not keys.requires_grad
     step = CHUNK // half if in_chunks else max(1, len(keys))
-    for of, to, where in zip(keys.split(step), out.split(step), positions.split(step), strict=True):
+    for start in range(0, len(keys), step):  # not `split`: autograd refuses to write to its results
+        of, to, where = (part[start : start + step] for part in (keys, out, positions))
         c, s = cos.index_select(0, where), sin.index_select(0, where)  # ten times as fast as cos[where]
         first, second = of[:, :half].float(), of[:, half : 2 * half].float()
         to[:, :half] = (first * c).sub_(second * s)

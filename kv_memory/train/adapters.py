@@ -21,7 +21,7 @@ Stage = Literal["warmup", "distillation"]
 Parameters = dict[str, torch.nn.Parameter]
 
 # Settings that determine the structure of an adapter: those that its `AdapterConfig` records, and its LoRA's.
-_CONFIG = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer")
+_CONFIG = ("scorer", "scorer_size", "eta", "routed", "budget", "first_routed_layer", "restore_tokens")
 _LORA = ("targets", "rank", "alpha")
 _TARGETS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "qkv_proj": "q"}
 
@@ -61,18 +61,21 @@ def fit_settings(settings: TrainSettings, adapter: Adapter, *, given: Mapping[st
 
 
 def parameters_of(adapter: Adapter) -> Parameters:
-    """All parameters of an adapter by name, `lora.…` and `scorer.…`; the LoRA is converted to float32.
+    """All parameters of an adapter by name, `lora.…` and `scorer.…` or `restore.…`; the LoRA is converted to float32.
 
     In bfloat16, the dtype of a loaded LoRA, steps of 1e-4 would vanish.
     """
     lora = {f"lora.{name}": p for name, p in adapter.peft_model.named_parameters() if "lora_" in name}
     for parameter in lora.values():
         parameter.data = parameter.data.float()
-    return {**lora, **{f"scorer.{name}": p for name, p in adapter.scorer.named_parameters()}}
+    kind = "restore" if adapter.config.restore_tokens else "scorer"
+    return {**lora, **{f"{kind}.{name}": p for name, p in adapter.head.named_parameters()}}
 
 
 def learning_rates(settings: TrainSettings, stage: Stage) -> dict[str, float]:
     """Full learning rates of a stage, by the first part of the parameters' names; it trains no others."""
+    if settings.restore_tokens:
+        return {"lora": settings.lr_lora, "restore": settings.lr_restore}
     if stage == "warmup":
         return {"scorer": settings.lr_scorer}
     scorer = {"scorer": settings.lr_scorer_distil} if settings.lr_scorer_distil > 0 else {}

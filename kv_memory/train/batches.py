@@ -32,12 +32,14 @@ class Batch:
         rows: Questions with their answers, and requests with their spans; at least one. The `document` of a row is the
             index of its group. A question without tokens to predict is to be answered by the teacher.
         keep_ratio: Keep ratio drawn for this batch.
+        seed: Seed of what else the step draws.
     """
 
     documents: tuple[tuple[int, ...], ...]
     groups: tuple[tuple[int, ...], ...]
     rows: tuple[Row, ...]
     keep_ratio: float
+    seed: int = 0
 
 
 class Batches:
@@ -94,7 +96,8 @@ class Batches:
             )
         if not rows:  # all documents are too short for a row: use those of another step
             return self.batch(step + 1_000_003, tries=tries - 1)
-        return Batch(documents=tuple(documents), groups=tuple(groups), rows=tuple(rows), keep_ratio=ratio)
+        seed = rng.getrandbits(32)
+        return Batch(documents=tuple(documents), groups=tuple(groups), rows=tuple(rows), keep_ratio=ratio, seed=seed)
 
     def _example(self, number: int) -> Example:
         """The example with this number: every example once per epoch, each epoch in its own order."""

@@ -16,6 +16,7 @@ from kv_memory.compress.kept import pad, top_k_mask
 from kv_memory.compress.prefill import prefill_documents
 from kv_memory.compress.refine.batching import Entries, gather_entries
 from kv_memory.compress.refine.loss import kl_divergence
+from kv_memory.compress.restore import drop_restore_tokens
 from kv_memory.compress.selectors import Reconstruction
 from kv_memory.config import check_keep_ratio, n_kept_for
 from kv_memory.datasets import Example
@@ -23,6 +24,7 @@ from kv_memory.errors import ConfigError
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import PositionedCache
 from kv_memory.train.batches import Batches
+from kv_memory.train.restored import output_selector, restore_scores, restored_entries
 from kv_memory.train.settings import TrainSettings
 from kv_memory.train.step import WeightedRows, answered_rows, weighted_rows
 
@@ -65,46 +67,59 @@ class HeldOut:
     def measure(self, adapter: Adapter | None = None) -> dict[float, float]:
         """KL(full ‖ distilled) by keep ratio, in nats per token, the mean over documents.
 
-        Without an adapter, it is that of the reconstruction selector, which needs no training.
+        Without an adapter, it is that of a selector that needs no training: of reconstruction, or where restore tokens
+        are trained, of output errors. The latter choose among the restore tokens too, and nothing is fitted: this is
+        not yet what `matched` makes of them, but hundreds of evaluations would wait for its fits.
         """
         backbone, total = self._backbone, dict.fromkeys(self.ratios, 0.0)
-        selector = Reconstruction(part_tokens=min(1024, backbone.context_window // 4))
+        restores = self._settings.restore_tokens
+        part_tokens = min(1024, backbone.context_window // 4)
+        selector = output_selector(backbone) if restores else Reconstruction(part_tokens=part_tokens)
         for ids, lengths, rows in self._prepared():
-            full = gather_entries(backbone, self._prefilled(ids), lengths)
+            taught = self._taught(rows, gather_entries(backbone, self._prefilled(ids)))
+            if restores and adapter is not None:
+                cache = self._prefilled(ids, room=selector.extra_tokens + restores)
+                errors = restore_scores(adapter, ids, lengths, cache)
             for ratio in self.ratios:
                 n_kept = torch.tensor([n_kept_for(ids.shape[1], ratio)], device=ids.device)
                 if adapter is None:
                     cache = backbone.prefixed_cache(ids.shape[1], room=selector.extra_tokens)
                     scores = selector.score(backbone, ids, cache)[:, None]
                     selected = top_k_mask(scores, lengths, n_kept, budget=selector.budget)
+                    kept = gather_entries(backbone, cache, selected)
+                elif restores:
+                    kept = restored_entries(adapter, cache, errors, n_kept)
+                    drop_restore_tokens(adapter, cache)
                 else:
                     done = prefill_documents(adapter, ids, lengths, n_kept)
-                    cache, selected = done.cache, done.selected
-                kept = gather_entries(backbone, cache, lengths, selected)
-                total[ratio] += self._kl(rows, full, kept) / self.n_documents
+                    kept = gather_entries(backbone, done.cache, done.selected)
+                total[ratio] += self._kl(rows, taught, kept) / self.n_documents
         return total
 
     @torch.no_grad()
     def none(self) -> float:
         """KL without any document, the worst case; otherwise as in `measure`."""
         total = 0.0
-        for ids, lengths, rows in self._prepared():
+        for ids, _, rows in self._prepared():
             cache = self._prefilled(ids)
-            full = gather_entries(self._backbone, cache, lengths)
+            taught = self._taught(rows, gather_entries(self._backbone, cache))
             nothing = torch.zeros_like(ids, dtype=torch.bool)[None, :, None]  # the question keeps its positions
-            total += self._kl(rows, full, gather_entries(self._backbone, cache, lengths, nothing))
+            total += self._kl(rows, taught, gather_entries(self._backbone, cache, nothing))
         return total / self.n_documents
 
-    def _kl(self, parts: list[WeightedRows], full: Entries, kept: Entries) -> float:
+    def _taught(self, parts: list[WeightedRows], full: Entries) -> list[torch.Tensor]:
+        # Recomputed for each document and evaluation: stored, the logits would take megabytes per document.
+        return [part.ask(self._backbone, full) for part in parts]
+
+    def _kl(self, parts: list[WeightedRows], taught: list[torch.Tensor], kept: Entries) -> float:
         total = 0.0
-        for part in parts:
-            # The teacher's logits are recomputed each time: stored, they would take megabytes per document.
-            kl = kl_divergence(part.ask(self._backbone, full), part.ask(self._backbone, kept))
+        for part, teacher in zip(parts, taught, strict=True):
+            kl = kl_divergence(teacher, part.ask(self._backbone, kept))
             total += float((kl * part.weights).sum())
         return total / sum(float(part.weights.sum()) for part in parts)
 
-    def _prefilled(self, ids: torch.Tensor) -> PositionedCache:
-        cache = self._backbone.prefixed_cache(ids.shape[1])
+    def _prefilled(self, ids: torch.Tensor, *, room: int = 0) -> PositionedCache:
+        cache = self._backbone.prefixed_cache(ids.shape[1], room=room)
         self._backbone.prefill(ids, cache)
         return cache
 
@@ -113,7 +128,7 @@ class HeldOut:
         for number in range(len(self._cases), self.n_documents):
             batch = self._batches.batch(number)
             ids, lengths = pad(batch.documents, device=self._backbone.device)
-            full = gather_entries(self._backbone, self._prefilled(ids), lengths)
+            full = gather_entries(self._backbone, self._prefilled(ids))
             rows = answered_rows(batch, full, self._backbone, self._settings)
             self._cases.append((ids, lengths, weighted_rows(rows, full, self._backbone, self._settings)))
         return self._cases

@@ -18,7 +18,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kv_memory.compress.routing import MASK, routed_with
-from kv_memory.model.backbone import Backbone, cache_argument
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.forward import cache_argument
 from kv_memory.model.kv_cache import PositionedCache
 
 

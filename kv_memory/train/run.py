@@ -46,7 +46,7 @@ class TrainRun:
         model: A built-in model, a model folder, or a Hugging Face hub id; `embedded` is qwen-0.5b, or smollm2 if only
             that is prepared.
         init: Adapter to train further.
-        preset: Settings to start from: `default`, or `paper` for KV-Distill as published.
+        preset: Settings to start from: `default`; `restore` for restore tokens; `paper` for KV-Distill as published.
         changes: Settings that the user chose, by the names of `TrainSettings`; all others come from the adapter to
             train further, from what suits a corpus, or from the preset, in this order.
         options: Options that do not affect the result of a step.

@@ -29,6 +29,8 @@ class TrainSettings:
         first_routed_layer: First layer with the LoRA.
         full_strength_ratio: Keep ratio above which the LoRA acts less; at 1 it always acts in full, as in the paper.
         targets: Projections that the LoRA adapts.
+        restore_tokens: Number of restore tokens, see preset `restore`; 0 for a scorer. With restore tokens the warm-up
+            and everything about the scorer have no meaning.
         rank: Rank of the LoRA.
         alpha: Scaling of the LoRA; twice the rank if None.
         warmup_steps: Number of steps of stage (a): the scorer alone, on the attention that tokens receive.
@@ -38,6 +40,7 @@ class TrainSettings:
         accumulate: Number of batches per step, each with its own keep ratio.
         lr_scorer: Learning rate of the scorer in stage (a).
         lr_lora: Learning rate of the LoRA.
+        lr_restore: Learning rate of the embeddings and biases of restore tokens.
         lr_scorer_distil: Learning rate of the scorer in stage (b); 0 freezes it.
         rise: Share of each stage in which the learning rate rises; it then decays linearly.
         weight_decay: Weight decay of AdamW on the scorer; the LoRA has none.
@@ -69,6 +72,7 @@ class TrainSettings:
     first_routed_layer: int = 0
     full_strength_ratio: float = 0.0625
     targets: tuple[Target, ...] = ("q", "k", "v", "o")
+    restore_tokens: int = 0
     rank: int = 32
     alpha: float | None = None
     warmup_steps: int = 300
@@ -78,6 +82,7 @@ class TrainSettings:
     accumulate: int = 1
     lr_scorer: float = 2e-3
     lr_lora: float = 5e-4
+    lr_restore: float = 1e-3
     lr_scorer_distil: float = 1e-4
     rise: float = 0.02
     weight_decay: float = 0.01
@@ -106,6 +111,13 @@ class TrainSettings:
         )
         check_at_least(self, 1, "rank", "scorer_size", "batch_documents", "accumulate", "max_tokens", "span_tokens")
         check_at_least(self, 1, "answer_tokens")
+        check_at_least(self, 0, "restore_tokens", "lr_restore")
+        if self.restore_tokens and (self.warmup_steps or self.warmup_weight):
+            raise ConfigError(
+                "restore tokens have no scorer to warm up",
+                where="restore_tokens",
+                next_step="Use the preset `restore`, or set warmup_steps=0 and warmup_weight=0.",
+            )
         for name in ("forward_weight", "composition_share", "rise", "question_weight"):
             check_fields(self, **{name: (0 <= getattr(self, name) <= 1, "in [0, 1]")})
         if self.questions_per_document + self.spans_per_document == 0:
@@ -125,6 +137,22 @@ PRESETS: dict[str, TrainSettings] = {
         full_strength_ratio=1.0,
         targets=("q", "o"),
         ratio_power=0.0,
+    ),
+    # A few learned tokens behind the document, and a LoRA for them alone; `matched` selects and fits the rest.
+    "restore": TrainSettings(
+        restore_tokens=4,
+        rank=16,
+        lr_lora=1e-3,
+        lr_restore=5e-4,
+        warmup_steps=0,
+        min_ratio=0.01,
+        max_ratio=0.25,
+        ratio_power=0.5,
+        composition_share=0.25,
+        questions_per_document=4,
+        question_weight=0.0,
+        answers="teacher",
+        answer_tokens=16,
     ),
 }
 

@@ -28,6 +28,7 @@ from kv_memory.model.attention import AttentionKind, ForwardContext, attention_p
 from kv_memory.model.backbone import Backbone
 from kv_memory.model.kv_cache import NEVER
 from kv_memory.train.batches import Batch
+from kv_memory.train.restored import output_selector, restore_scores, restored_entries
 from kv_memory.train.settings import TrainSettings
 
 REQUEST = "\n\nRepeat the previous text exactly.\n"
@@ -118,7 +119,7 @@ def warmup_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings) -> S
     one = torch.ones(len(batch.documents), dtype=torch.int64, device=backbone.device)
     reading = prefill_documents(adapter, ids, lengths, one, routed=False)
     # 2. Labels: the attention that each token receives from a repetition of the document and from the rows.
-    full = gather_entries(backbone, reading.cache, lengths)
+    full = gather_entries(backbone, reading.cache)
     rows = answered_rows(batch, full, backbone, settings)
     labels = received_attention(backbone, full, label_rows(batch, rows, backbone))
     # 3. Squared error of the scores.
@@ -207,22 +208,27 @@ def distillation_step(adapter: Adapter, batch: Batch, *, settings: TrainSettings
     n_documents = len(batch.documents)
     kept = [n_kept_for(len(document), batch.keep_ratio) for document in batch.documents]
     n_kept = torch.tensor(kept, device=backbone.device)  # (documents,)
+    restores = adapter.config.restore_tokens
+    room = output_selector(backbone).extra_tokens + restores if restores else 0
     with torch.no_grad():
-        cache = backbone.prefixed_cache(ids.shape[1], batch_size=n_documents)
+        cache = backbone.prefixed_cache(ids.shape[1], room=room, batch_size=n_documents)
         backbone.prefill(ids, cache, lengths=lengths if n_documents > 1 else None)
-        apart = gather_entries(backbone, cache, lengths)  # keys of a layer: (documents, num_kv_heads, n, head_dim)
+        apart = gather_entries(backbone, cache)  # keys of a layer: (documents, num_kv_heads, n, head_dim)
         full = join_entries(backbone, apart, lengths, batch.groups)  # the same, with groups in place of documents
         # 2. Teacher logits over the rows. The teacher first decodes the answers that are missing.
         rows = answered_rows(batch, full, backbone, settings)
         parts = weighted_rows(rows, full, backbone, settings)
         taught = [part.ask(backbone, full) for part in parts]  # each (n_wanted, vocab_size)
-    # 3. Student, with gradients: prefill through scorer and LoRA, select, and join. Entries that are not selected stay
-    #    in place as padding. Scores join the graph (as a bias of value 0) only if the scorer is trained.
-    reading = prefill_documents(adapter, ids, lengths, n_kept)
-    learns = settings.lr_scorer_distil > 0
-    student_entries = gather_entries(
-        backbone, reading.cache, lengths, reading.selected, reading.scores if learns else None
-    )
+    # 3. Student, with gradients: prefill through scorer and LoRA, or restore tokens behind the teacher's documents;
+    #    select, and join. Entries that are not selected stay in place as padding. Scores join the graph (as a bias of
+    #    value 0) only if the scorer is trained.
+    if restores:
+        scores = restore_scores(adapter, ids, lengths, cache)
+        student_entries = restored_entries(adapter, cache, scores, n_kept, seed=batch.seed)
+    else:
+        reading = prefill_documents(adapter, ids, lengths, n_kept)
+        straight = reading.scores - reading.scores.detach() if settings.lr_scorer_distil > 0 else None
+        student_entries = gather_entries(backbone, reading.cache, reading.selected, straight)
     distilled = join_entries(backbone, student_entries, lengths, batch.groups)
     # 4. Mean divergence over the predictions of all parts, by weight.
     weight = torch.cat([part.weights for part in parts]).sum()

@@ -110,10 +110,10 @@ library_name: peft
 tags: [kv-memory, kv-distill, kv-cache]
 ---
 
-# KV-Distill adapter for {name}
+# kv-memory adapter for {name}
 
-A scorer and a LoRA with which kv-memory compresses the key-value cache of a document, after KV-Distill (Chari, Qin, \
-Van Durme, arXiv 2503.10337). The model that answers is the unmodified base model. To use it: \
+{parts} with which kv-memory compresses the key-value cache of a document, after {paper}. \
+The model that answers is the unmodified base model. To use it: \
 `kv-memory add notes/ --adapter FOLDER`, or `Adapter.load(folder, backbone)` in Python.
 
 ## Training
@@ -163,6 +163,10 @@ def write_card(
     card = _CARD.format(
         **{field.name: getattr(report, field.name) for field in fields(report)},
         s=report.settings,
+        parts="Restore tokens and a LoRA for them" if report.settings.restore_tokens else "A scorer and a LoRA",
+        paper="RestoreKV (arXiv 2608.01247)"
+        if report.settings.restore_tokens
+        else "KV-Distill (Chari, Qin, Van Durme, arXiv 2503.10337)",
         name=model.base_id if model else backbone.name,
         weights=backbone.weights_sha256[:16],
         dtype=str(backbone.dtype).removeprefix("torch."),
@@ -185,7 +189,8 @@ def _results(report: TrainReport) -> list[str]:
     ratios = sorted(report.kl, reverse=True)
     rows = [("this adapter", report.kl)]
     if report.baseline is not None:
-        rows.append(("reconstruction attention (no training)", report.baseline))
+        selector = "output errors" if report.settings.restore_tokens else "reconstruction attention"
+        rows.append((f"{selector} (no training)", report.baseline))
     lines = [
         f"KL to the full cache on its own answers about {report.n_held_out} held-out documents, nats per token (lower "
         "is better)" + ("" if report.none is None else f"; without any document: {report.none:.3f}") + ".",

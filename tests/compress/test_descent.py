@@ -56,6 +56,7 @@ def make_heads(*seeds: int, kept: tuple[int, ...] = (KEPT,), fixed: tuple[int, .
         **{name: stacked[name] for name in ("weights", "total", "rest", "target", "keys", "values")},
         rows=rows,
         where=torch.arange(max(kept)).expand(len(seeds), -1),
+        bias=torch.zeros(len(seeds), max(kept)),
         real=real,
         fixed=marked,
         n_learned=LEARNED,

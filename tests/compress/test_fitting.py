@@ -51,6 +51,7 @@ def system_of(*given: dict[str, torch.Tensor]) -> HeadGroup:
         n_learned=int((~held_out).sum()),
         where=torch.arange(most).expand(len(given), -1),
         keys=torch.zeros_like(values),
+        bias=torch.zeros(len(given), most),
         values=values,
         weights=torch.stack([padded(one["weights"], 1)[order] for one in given]),
         real=torch.stack([torch.arange(most) < len(one["values"]) for one in given]),

@@ -20,7 +20,7 @@ from kv_memory.compress.reference_rows import record_rows
 from kv_memory.config import n_kept_for
 from kv_memory.errors import ConfigError, ModelError
 from kv_memory.generate import compose
-from kv_memory.model.backbone import cache_argument
+from kv_memory.model.forward import cache_argument
 from tests.conftest import ARCHITECTURES, make_backbone
 from tests.reference import LAYER_TYPED, letters, padded, plain_model, shared_backbone
 

@@ -244,6 +244,10 @@ def test_default_methods_depend_on_the_adapter() -> None:
     assert len({method.digest for method in methods}) == len(run)
     (started,) = make_methods(["refined"], backbone, adapter=adapter, refine_from="reconstruction")
     assert started.digest != methods[-1].digest
+    adapter.detach()
+    adapter = Adapter.create(backbone, rank=2, restore_tokens=2)
+    names = {method.name for method in make_methods(None, backbone, adapter=adapter)}
+    assert set(run) - names == {"adapter_selection", "combined", "refined"}  # without a scorer
 
 
 def test_the_adapter_with_and_without_its_lora(data: Path) -> None:

@@ -11,7 +11,7 @@ from kv_memory.compress import Compressor
 from kv_memory.generate import compose
 from kv_memory.model import attention
 from kv_memory.model.attention import ForwardContext, attention_forward
-from kv_memory.model.backbone import cache_argument
+from kv_memory.model.forward import cache_argument
 from kv_memory.model.kv_cache import NEVER, PositionedCache, PreallocatedLayer
 from tests.conftest import ARCHITECTURES, make_backbone
 from tests.reference import assert_close, full_logits, letters, plain_model, shared_backbone

@@ -212,7 +212,7 @@ def test_labels_are_the_scores_of_the_reconstruction_selector(name: str) -> None
     with torch.no_grad():
         cache = backbone.prefixed_cache(ids.shape[1], batch_size=2)
         backbone.prefill(ids, cache, lengths=lengths)
-        entries = gather_entries(backbone, cache, lengths)
+        entries = gather_entries(backbone, cache)
         labels = received_attention(backbone, entries, label_rows(batch, (), backbone))
         for index, document in enumerate(documents):
             one = torch.tensor([document])

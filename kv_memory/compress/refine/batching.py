@@ -47,11 +47,7 @@ class Entries:
 
 
 def gather_entries(
-    backbone: Backbone,
-    cache: PositionedCache,
-    lengths: torch.Tensor,
-    selected: torch.Tensor | None = None,
-    scores: torch.Tensor | None = None,
+    backbone: Backbone, cache: PositionedCache, selected: torch.Tensor | None = None, bias: torch.Tensor | None = None
 ) -> Entries:
     """Collect the entries of prefilled documents: all of them, or those selected.
 
@@ -61,31 +57,23 @@ def gather_entries(
     Args:
         backbone: Model that prefilled them.
         cache: Cache of prefix and documents, from `prefixed_cache`.
-        lengths: `(documents,)`, tokens of each document.
         selected: Bool `(num_layers or 1, documents, num_kv_heads or 1, n_tokens)`; None for all.
-        scores: Scores `(num_layers, documents, num_kv_heads or 1, n_tokens)`; entries get the bias `s -
-            stop_gradient(s)`: 0, but the gradient reaches the scorer through it (the paper's straight-through).
+        bias: Biases of the documents' entries, `(num_layers, documents, num_kv_heads or 1, n_tokens)`; None for none.
     """
     n_prefix = len(backbone.prefix_ids)
     layers = [cache.layer(index) for index in range(backbone.num_layers)]
-    shape, device = layers[0][0].shape, layers[0][0].device
-    inside = torch.arange(shape[2] - n_prefix, device=device, dtype=torch.int32)
-    seen = (inside < lengths.to(device)[:, None])[None, :, None]
+    shape = layers[0][0].shape
+    prefix, where = cache.key_positions(0)[None].split([n_prefix, shape[2] - n_prefix], -1)
     if selected is not None:
-        seen = seen & selected
-    where = torch.where(seen, inside + n_prefix, NEVER)  # the shape of `selected`
-    prefix = torch.arange(n_prefix, device=device, dtype=torch.int32)
-    bias = None
-    if scores is not None:
-        straight = torch.nn.functional.pad(scores - scores.detach(), (n_prefix, 0))
-        bias = list(straight.expand(-1, *shape[:2], -1))
+        where = torch.where(selected, where, NEVER)  # the shape of `selected`
+    padded = None if bias is None else torch.nn.functional.pad(bias, (n_prefix, 0)).expand(-1, *shape[:2], -1)
     return Entries(
         keys=[key for key, _ in layers],
         values=[value for _, value in layers],
         positions=list(torch.cat([prefix.expand(*where.shape[:3], -1), where], dim=-1)),
-        next_positions=lengths.to(device) + n_prefix,
+        next_positions=cache.next_positions,
         n_positions=cache.n_positions,
-        bias=bias,
+        bias=None if padded is None else list(padded),
     )
 
 

@@ -46,7 +46,7 @@ class Teacher:
         backbone.prefill(ids, cache, lengths=lengths if n > 1 else None)
         self._cache = cache
         self._ends = (lengths + len(backbone.prefix_ids)).tolist()
-        self._entries: Entries | None = None if alone else gather_entries(backbone, cache, lengths)
+        self._entries: Entries | None = None if alone else gather_entries(backbone, cache)
 
     @contextmanager
     def _behind(self, documents: torch.Tensor) -> Iterator[PositionedCache]:

@@ -57,8 +57,8 @@ def plain(backbone: Any) -> list[Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_padded_documents_give_the_logits_of_single_ones(name: str) -> None:
     backbone = shared_backbone(name)
-    cache, lengths = read(backbone)
-    logits = every(backbone, [2, 0, 1, 0], gather_entries(backbone, cache, lengths))
+    cache, _ = read(backbone)
+    logits = every(backbone, [2, 0, 1, 0], gather_entries(backbone, cache))
     caches = plain(backbone)
     for row, document in zip(logits, [2, 0, 1, 0], strict=True):
         assert_close(row, alone(backbone, [caches[document]]))
@@ -69,7 +69,7 @@ def test_joined_documents_give_the_logits_of_composed_caches(name: str) -> None:
     backbone = shared_backbone(name)
     cache, lengths = read(backbone)
     groups = [(2, 0), (1,)]
-    entries = join_entries(backbone, gather_entries(backbone, cache, lengths), lengths, groups)
+    entries = join_entries(backbone, gather_entries(backbone, cache), lengths, groups)
     logits = every(backbone, [0, 1], entries)
     caches = plain(backbone)
     for row, group in zip(logits, groups, strict=True):
@@ -99,7 +99,7 @@ def test_training_prefill_equals_the_compressor(name: str, form: str) -> None:
     n_kept = torch.tensor([8, 11, 5])  # a quarter of each
     with torch.no_grad():
         reading = prefill_documents(adapter, ids, lengths, n_kept)
-    entries = gather_entries(backbone, reading.cache, lengths, reading.selected, reading.scores)
+    entries = gather_entries(backbone, reading.cache, reading.selected, reading.scores - reading.scores.detach())
     groups = [(1, 2), (0,)]
     together = every(backbone, [0, 1], join_entries(backbone, entries, lengths, groups))
     compressor = Compressor(backbone, adapter=adapter)
@@ -118,8 +118,8 @@ def test_score_bias_is_zero_but_carries_a_gradient(name: str, scorer: Any) -> No
     adapter.scorer.requires_grad_(True)
     ids, lengths = pad([backbone.encode(text) for text in DOCUMENTS], device="cpu")
     reading = prefill_documents(adapter, ids, lengths, torch.tensor([8, 11, 5]))
-    without = gather_entries(backbone, reading.cache, lengths, reading.selected)
-    biased = gather_entries(backbone, reading.cache, lengths, reading.selected, reading.scores)
+    without = gather_entries(backbone, reading.cache, reading.selected)
+    biased = gather_entries(backbone, reading.cache, reading.selected, reading.scores - reading.scores.detach())
     assert_close(every(backbone, [0, 1, 2], biased), every(backbone, [0, 1, 2], without))
     logits = biased.ask(backbone, asked(backbone, [0, 1, 2]))
     logits.log_softmax(-1)[:, 7].sum().backward()
