@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_memory import DecodeSettings, KVMemory, query
+from kv_memory import DecodeSettings, KVMemory
 from kv_memory.cache.distilled import DistilledCache
 from kv_memory.errors import CacheNotFoundError, ConfigError, ContextWindowError, FingerprintMismatchError
-from kv_memory.generate import Generator, Turn
+from kv_memory.generate import Generator, Turn, compose, generator
 from kv_memory.query import Reference, key_of
 from tests.conftest import make_tokenizer
 from tests.memories import FERRY, FERRY_QUESTION, LAMP, LAMP_QUESTION, SETTINGS, open_memory, wide_backbone
@@ -84,13 +84,12 @@ def test_the_best_passage_is_next_to_the_question_unless_told_otherwise(
     placed: list[list[str | None]] = []
     biased: set[str | None] = set()
 
-    class Noting(query.Run):
-        def __init__(self, backbone: Any, prompts: Any, caches: Sequence[DistilledCache], *args: Any, **options: Any):
-            placed.append([cache.text_sha256 for cache in caches])
-            biased.update(cache.text_sha256 for cache in caches if cache.bias is not None)
-            super().__init__(backbone, prompts, caches, *args, **options)
+    def noting(backbone: Any, caches: Sequence[DistilledCache], **options: Any) -> Any:
+        placed.append([cache.text_sha256 for cache in caches])
+        biased.update(cache.text_sha256 for cache in caches if cache.bias is not None)
+        return compose(backbone, caches, **options)
 
-    monkeypatch.setattr(query, "Run", Noting)
+    monkeypatch.setattr(generator, "compose", noting)
     options = {} if order == "best_last" else {"order": order}  # best_last is the default
     with open_memory(tmp_path / "store", wide, keep_text=True, **options) as memory:
         memory.add_passages("notes", [LAMP, FERRY, "The kettle sings, and nobody leaves."])

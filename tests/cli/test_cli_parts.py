@@ -97,11 +97,9 @@ def test_plain_makes_json_of_records() -> None:
         "where": Path("a/b"),
         "parts": (PassageRecord(text="x", n_tokens=1, text_sha256="0"),),
     }
-    assert plain(record) == {
-        "when": "2026-01-02T00:00:00+00:00",
-        "where": "a/b",
-        "parts": [{"text": "x", "n_tokens": 1, "text_sha256": "0", "terms": None}],
-    }
+    texts = dict.fromkeys(("language", "headings", "encoder"), "")
+    part = {"text": "x", "n_tokens": 1, "text_sha256": "0", "terms": None, "vector": None, **texts}
+    assert plain(record) == {"when": "2026-01-02T00:00:00+00:00", "where": "a/b", "parts": [part]}
     assert plain([StoreError("full", where="/x")])[0]["error"] == "StoreError"
 
 

@@ -13,7 +13,8 @@ import torch
 from kv_memory.compress import Adapter, Compressor
 from kv_memory.compress.prefill import hidden_after
 from kv_memory.errors import ContextWindowError, UnreadableDocumentError
-from kv_memory.model.backbone import Backbone, cache_argument
+from kv_memory.model.backbone import Backbone
+from kv_memory.model.forward import cache_argument
 from kv_memory.model.prompts import PromptForm
 from tests.conftest import ARCHITECTURES, SHORT_FORM, make_backbone, make_model, make_tokenizer
 from tests.reference import assert_close, full_logits, letters, plain_model, shared_backbone

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kv_memory.retrieval.hashed_terms import terms_of
 from kv_memory.retrieval.near_duplicates import Distinct
-from kv_memory.retrieval.tokenize import terms_of
 from kv_memory.store import StoredPassage
 from tests.retrieval.test_bm25 import Shelf, ids, passage
 

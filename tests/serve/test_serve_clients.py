@@ -116,7 +116,13 @@ def test_langchain_structures_answers(shared: Running) -> None:
 @pytest.mark.parametrize("is_chat", [True, False], ids=["chat", "completion"])
 def test_llama_index(shared: Running, is_chat: bool) -> None:
     llm = OpenAILike(
-        model=WITH, api_base=f"{shared.url}/v1", api_key="none", is_chat_model=is_chat, max_tokens=6, max_retries=0
+        model=WITH,
+        api_base=f"{shared.url}/v1",
+        api_key="none",
+        is_chat_model=is_chat,
+        max_tokens=6,
+        max_retries=0,
+        temperature=0,  # its default samples
     )
     whole = llm.complete(LAMP_QUESTION)
     assert whole.raw.kv_memory["sources"][0]["document_id"] == "lamp"
