@@ -168,7 +168,10 @@ def test_the_installed_package_reads_every_format(clean: Path, tmp_path: Path) -
 
 # What a user sees. Standard error holds our own words only: each pattern is a line that this package writes.
 
-PROGRESS = r"[\d,]+/[\d,]+ tokens(, [\d,]+ tokens/s)?, document \d+ of \d+: .*"
+PROGRESS = (
+    r"[\d,]+/[\d,]+ tokens(, [\d,]+ tokens/s)?, document \d+ of \d+: .*|"
+    r"1 passage of 1 document to compress, \d+ tokens: about \S+ kB on disk for \d+ bytes of text .*"
+)
 JOB = (
     r"Job \S+ started: .*|Looking for documents|Nothing to compress|\d+ documents? to do; the model is being loaded|"
     r"\d+/\d+ documents.*"

@@ -97,7 +97,7 @@ def test_a_server_killed_while_it_adds_leaves_a_sound_store_and_its_job_to_the_n
             return f"quick-{n}" if done.status_code == 200 else None
         return None
 
-    for attempt in range(3):
+    for attempt in range(2):  # a document over which three workers die counts as failed
         server = process("serve", "--port", 0, "--json", cwd=store.parent)
         url = started(server)
         if not job:
