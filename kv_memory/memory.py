@@ -79,7 +79,7 @@ class KVMemory(Questions):
             settings: All settings, instead of the recorded ones.
             dtype: Type of the model's weights and caches; `auto` takes bfloat16 where that is fast.
             device: Device of the model: `auto`, `cpu`, `cuda`, ...
-            weights: `int8` answers about twice as fast on a CPU, see `Backbone.load`. It is not recorded:
+            weights: `int8` takes about 0.6 of the time a token on a CPU, see `Backbone.load`. It is not recorded:
                 caches are the same with either.
             max_batch: Largest number of questions, of all threads and tasks, decoded together.
             max_queue: Largest number of further questions that wait; one more raises `QueueFullError`.

@@ -100,7 +100,7 @@ class Backbone(PromptEncoder, ForwardPasses):
             dtype: Dtype of the weights; `auto` is bfloat16 if the processor or GPU supports it in hardware, else
                 float32.
             device: Torch device such as `cuda:1`; `auto` is a GPU if there is one, else the CPU.
-            weights: Weights of questions and answers: `plain`, or `int8` on a CPU, twice as fast a token and a little
+            weights: Weights of questions and answers: `plain`, or `int8` on a CPU, 0.6 of the time a token and a little
                 less exact. Documents are compressed with the plain weights either way, so a cache does not depend on
                 this option. The int8 weights take half the memory of bfloat16, in addition.
             prompt: Prompt form, see `Backbone`; `auto` is the best form of a built-in model.
